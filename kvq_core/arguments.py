@@ -1,0 +1,269 @@
+"""Checks of what is known without reading an array: dtypes, shapes, strides, static numbers (DESIGN.md section 6).
+
+Every backend calls them before anything is launched or written. A wrong dtype or type of number is a TypeError,
+everything else a ValueError; the message says what was expected, what came, and how to mend it.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any, NamedTuple
+
+from kvq_core.layout import FIELD_ALIGNMENT, CacheLayout
+
+FLOAT_DTYPES = ("bfloat16", "float16", "float32")
+INDEX_DTYPES = ("int32", "int64")
+
+
+class ArraySpec(NamedTuple):
+    """What a check may know of an array: its numpy dtype name, its shape, its strides in elements."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def check_append_kv(layout: CacheLayout, pages: ArraySpec, k: ArraySpec, v: ArraySpec, slot_mapping: ArraySpec) -> None:
+    """Check the arguments of ``append_kv``.
+
+    Args:
+        layout: the layout of ``pages``.
+        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``.
+        k: bfloat16, float16 or float32 ``[num_tokens, num_kv_heads, head_dim]``, last axis contiguous.
+        v: the same with ``head_dim_v``; its dtype may differ from that of ``k``.
+        slot_mapping: int32 or int64 ``[num_tokens]``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    num_kv_heads = _check_pages(pages, layout)
+    for name, spec, dim_name, dim in (("k", k, "head_dim", layout.head_dim), ("v", v, "head_dim_v", layout.head_dim_v)):
+        _check_dtype(name, spec, FLOAT_DTYPES)
+        _check_shape(name, spec, {"num_tokens": None, "num_kv_heads": num_kv_heads, dim_name: dim})
+        _check_rows_contiguous(name, spec)
+    if v.shape[0] != k.shape[0]:
+        raise ValueError(f"expected as many tokens in v as in k, {k.shape[0]}; got {v.shape[0]}")
+    _check_vector("slot_mapping", slot_mapping, INDEX_DTYPES, "num_tokens", k.shape[0])
+
+
+def check_gather_kv(
+    layout: CacheLayout, pages: ArraySpec, page_table: ArraySpec, seq_lens: ArraySpec, dtype: str
+) -> None:
+    """Check the arguments of ``gather_kv``.
+
+    Args:
+        layout: the layout of ``pages``.
+        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``.
+        page_table: int32 ``[num_seqs, max_pages]``, contiguous.
+        seq_lens: int32 ``[num_seqs]``, contiguous.
+        dtype: the dtype of the result, bfloat16, float16 or float32.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    _check_pages(pages, layout)
+    _check_sequences(page_table, seq_lens)
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"expected the dtype of the result to be {_either(FLOAT_DTYPES)}; got {dtype!r}")
+
+
+def check_copy_pages(pages: ArraySpec, src: ArraySpec, dst: ArraySpec) -> None:
+    """Check the arguments of ``copy_pages``.
+
+    Args:
+        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``.
+        src: int32 or int64 ``[num_pairs]``, the pages to read.
+        dst: int32 or int64 ``[num_pairs]``, the pages to write.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    _check_pages(pages)
+    _check_vector("src", src, INDEX_DTYPES, "num_pairs")
+    _check_vector("dst", dst, INDEX_DTYPES, "num_pairs", src.shape[0])
+
+
+def check_paged_attention(
+    layout: CacheLayout,
+    q: ArraySpec,
+    pages: ArraySpec,
+    page_table: ArraySpec,
+    seq_lens: ArraySpec,
+    *,
+    cu_seqlens_q: ArraySpec | None,
+    max_seqlen_q: int | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    sm_scale: float | None,
+    sinks: ArraySpec | None,
+    alibi_slopes: ArraySpec | None,
+) -> None:
+    """Check the arguments of ``paged_attention``.
+
+    Args:
+        layout: the layout of ``pages``.
+        q: bfloat16, float16 or float32 ``[num_q_tokens, num_q_heads, head_dim]``, last axis contiguous.
+        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``.
+        page_table: int32 ``[num_seqs, max_pages]``, contiguous.
+        seq_lens: int32 ``[num_seqs]``, contiguous.
+        cu_seqlens_q: int32 ``[num_seqs + 1]``, contiguous; None for one query per sequence.
+        max_seqlen_q: an integer from 1, or None.
+        causal: a bool.
+        window: an integer from 1, or None.
+        softcap: a finite number above 0, or None.
+        sm_scale: a finite number, or None.
+        sinks: float32 ``[num_q_heads]``, contiguous, or None.
+        alibi_slopes: float32 ``[num_q_heads]``, contiguous, or None.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    num_kv_heads = _check_pages(pages, layout)
+    _check_query(q, num_kv_heads, layout.head_dim)
+    num_seqs = _check_sequences(page_table, seq_lens)
+    _check_cu_seqlens_q(cu_seqlens_q, q.shape[0], num_seqs)
+    for name, spec in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
+        if spec is not None:
+            _check_vector(name, spec, ("float32",), "num_q_heads", q.shape[1])
+    if not isinstance(causal, bool):
+        raise TypeError(f"expected causal to be True or False; got {causal!r}")
+    _check_count("max_seqlen_q", max_seqlen_q)
+    _check_count("window", window)
+    _check_number("sm_scale", sm_scale)
+    _check_number("softcap", softcap)
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"expected softcap above 0; got {softcap!r}. None turns it off")
+
+
+def _check_pages(pages: ArraySpec, layout: CacheLayout | None = None) -> int:
+    """Check a pool of pages, against ``layout`` if given; return the number of KV heads it holds."""
+    _check_dtype("pages", pages, ("uint8",))
+    record_bytes = layout.record_bytes if layout else None
+    _check_shape("pages", pages, {"num_pages": None, "num_kv_heads": None, "record_bytes": record_bytes})
+    num_pages, num_kv_heads, record_bytes = pages.shape
+    _check_kv_head_count(num_kv_heads, layout.num_kv_heads if layout else num_kv_heads)
+    if record_bytes == 0 or record_bytes % FIELD_ALIGNMENT:
+        raise ValueError(f"expected record_bytes to be a multiple of {FIELD_ALIGNMENT}; got {record_bytes}")
+    if not _is_contiguous(pages.shape[1:], pages.strides[1:]):
+        raise ValueError(
+            f"expected pages with contiguous records, strides (page stride, {record_bytes}, 1); got {pages.strides}. "
+            "Slice a pool along pages only; shard KV heads into a pool of their own"
+        )
+    page_stride, least = pages.strides[0], num_kv_heads * record_bytes
+    if num_pages > 1 and (page_stride < least or page_stride % FIELD_ALIGNMENT):
+        raise ValueError(
+            f"expected a page stride of at least {least} bytes (num_kv_heads={num_kv_heads} * "
+            f"record_bytes={record_bytes}) and a multiple of {FIELD_ALIGNMENT}; got {page_stride}"
+        )
+    return num_kv_heads
+
+
+def _check_kv_head_count(num_kv_heads: int, num_kv_heads_of_layout: int) -> None:
+    """A pool holds all KV heads of the layout, or one shard of them (inside ``shard_map``)."""
+    if num_kv_heads == 0 or num_kv_heads_of_layout % num_kv_heads:
+        raise ValueError(
+            f"expected pages.shape[1] to be num_kv_heads={num_kv_heads_of_layout} of the layout, or a shard that "
+            f"divides it; got {num_kv_heads}. Allocate pages with layout.shape(num_pages)"
+        )
+
+
+def _check_query(q: ArraySpec, num_kv_heads: int, head_dim: int) -> None:
+    _check_dtype("q", q, FLOAT_DTYPES)
+    _check_shape("q", q, {"num_q_tokens": None, "num_q_heads": None, "head_dim": head_dim})
+    _check_rows_contiguous("q", q)
+    if q.shape[1] == 0 or q.shape[1] % num_kv_heads:
+        raise ValueError(
+            f"expected num_q_heads to be a multiple of the {num_kv_heads} KV heads of pages; got {q.shape[1]}"
+        )
+
+
+def _check_sequences(page_table: ArraySpec, seq_lens: ArraySpec) -> int:
+    """Check table and lengths; return the number of sequences."""
+    _check_dtype("page_table", page_table, ("int32",))
+    _check_shape("page_table", page_table, {"num_seqs": None, "max_pages": None})
+    _check_contiguous("page_table", page_table)
+    _check_vector("seq_lens", seq_lens, ("int32",), "num_seqs", page_table.shape[0])
+    return page_table.shape[0]
+
+
+def _check_cu_seqlens_q(cu_seqlens_q: ArraySpec | None, num_q_tokens: int, num_seqs: int) -> None:
+    if cu_seqlens_q is not None:
+        _check_vector("cu_seqlens_q", cu_seqlens_q, ("int32",), "num_seqs + 1", num_seqs + 1)
+    elif num_q_tokens != num_seqs:
+        raise ValueError(
+            f"expected one query per sequence, {num_seqs}, without cu_seqlens_q; got num_q_tokens={num_q_tokens}. "
+            "Pass cu_seqlens_q, int32 [num_seqs + 1], to say which queries belong to which sequence"
+        )
+
+
+def _check_vector(name: str, spec: ArraySpec, dtypes: tuple[str, ...], size_name: str, size: int | None = None) -> None:
+    _check_dtype(name, spec, dtypes)
+    _check_shape(name, spec, {size_name: size})
+    _check_contiguous(name, spec)
+
+
+def _check_dtype(name: str, spec: ArraySpec, dtypes: tuple[str, ...]) -> None:
+    if spec.dtype not in dtypes:
+        raise TypeError(f"expected {name} of dtype {_either(dtypes)}; got {spec.dtype}. Cast it first")
+
+
+def _check_shape(name: str, spec: ArraySpec, sizes: dict[str, int | None]) -> None:
+    """Check the shape against named sizes; None stands for any size."""
+    agrees = len(spec.shape) == len(sizes) and all(
+        want is None or want == got for want, got in zip(sizes.values(), spec.shape, strict=True)
+    )
+    if not agrees:
+        wanted = ", ".join(size if want is None else f"{size}={want}" for size, want in sizes.items())
+        raise ValueError(f"expected {name} of shape [{wanted}]; got {list(spec.shape)}")
+
+
+def _check_rows_contiguous(name: str, spec: ArraySpec) -> None:
+    if not _is_contiguous(spec.shape[-1:], spec.strides[-1:]):
+        raise ValueError(
+            f"expected {name} with a contiguous last axis, stride 1; got strides {spec.strides}. "
+            f"Pass {name}.contiguous() or a copy in that order"
+        )
+
+
+def _check_contiguous(name: str, spec: ArraySpec) -> None:
+    if not _is_contiguous(spec.shape, spec.strides):
+        raise ValueError(
+            f"expected {name} to be contiguous; got shape {list(spec.shape)} with strides {spec.strides}. "
+            f"Pass {name}.contiguous() or a copy in row-major order"
+        )
+
+
+def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Row-major without gaps. Strides of axes of size 1, and of arrays without elements, mean nothing."""
+    if 0 in shape:
+        return True
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _check_count(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"expected {name} to be None or a Python integer; got {value!r} ({type(value).__name__})")
+    if value < 1:
+        raise ValueError(f"expected {name} to be None or an integer from 1; got {value!r}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"expected {name} to be None or a Python number; got {value!r} ({type(value).__name__})")
+    if not math.isfinite(value):
+        raise ValueError(f"expected {name} to be finite; got {value!r}")
+
+
+def _either(names: tuple[str, ...]) -> str:
+    return " or ".join(names)

@@ -1,0 +1,278 @@
+"""One program's pass over a range of keys, shared by decode and prefill.
+
+Codes are exact in the operand dtype, so scales stay out of the dots. A K row scale multiplies a column of scores. A V
+row scale enters the softmax as an exponent: ``w = 2^(s + log2(v_scale) - m)``, with m the running maximum of the whole
+exponent, multiplies the codes of V and stays within [0, 1] whatever the size of V; ``w / v_scale`` is what the
+denominator adds up. Scores are in units of log2, and probabilities are held times ``2^S.p_shift``.
+
+V of 8 bits is read as words of four neighbouring codes and multiplied in four dots, one for each byte of the word: a
+dot operand of single bytes whose contraction axis is not contiguous is read from shared memory byte by byte. Wider V
+takes the same four dots on the four quarters of a row.
+"""
+
+import triton
+import triton.language as tl
+
+from kvq_core.kernels.codec import decode_bytes, decode_words
+from kvq_core.kernels.pages import bits_ptr, load_page_ids, record_offsets, row_offsets, scale_ptrs, typed_ptr
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# Scales from here down (a slot never written has 0) count as this one, so that logarithm and quotient stay finite.
+MIN_SCALE = tl.constexpr(7.888609052210118e-31)  # 2^-100
+
+
+@triton.jit
+def load_queries(
+    q_ptr, k_scale_ptr, alibi_slopes_ptr, token, q_head, q_pos, valid, strides, S: tl.constexpr
+):
+    """Rows of q as a dot operand, with what turns dots into scores: (q, row_scale, slope, q_pos)."""
+    R: tl.constexpr = S.records
+    d = tl.arange(0, R.k.padded_dim)
+    stride_token, stride_head = strides
+    element = token.to(tl.int64) * (stride_token.to(tl.int64) * S.q_align) + q_head.to(tl.int64) * (
+        stride_head.to(tl.int64) * S.q_align
+    )
+    mask = valid[:, None] & (d < R.k.head_dim)[None, :]
+    q = tl.load(q_ptr + element[:, None] + d[None, :], mask=mask, other=0.0)
+    row_scale = tl.full([S.rows], S.sm_scale * LOG2E, tl.float32)
+    if S.normalize_q:
+        q, power = _normalize(q.to(tl.float32))
+        row_scale *= power
+    if R.k.per_tensor:
+        row_scale *= tl.load(k_scale_ptr)
+    slope = tl.zeros_like(row_scale)
+    if S.has_alibi:
+        slope = tl.load(alibi_slopes_ptr + q_head, mask=valid, other=0.0) * LOG2E
+    return to_operand(q, S.k_operand), row_scale, slope, q_pos
+
+
+@triton.jit
+def _normalize(q):
+    """Divide each row by a power of two that brings its largest element to [2^14, 2^15), if it is finite."""
+    exponent = tl.max(q.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1) >> 23
+    exponent = tl.minimum(tl.maximum(exponent, 15), 253)
+    power = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+    inverse = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+    return q * inverse[:, None], power
+
+
+@triton.jit
+def to_operand(x, DTYPE: tl.constexpr):
+    if DTYPE == "float16":
+        operand = x.to(tl.float16)
+    elif DTYPE == "bfloat16":
+        operand = x.to(tl.bfloat16)
+    else:
+        operand = x.to(tl.float32)
+    return operand
+
+
+@triton.jit
+def attend_keys(query, overflow, pool, start, end, all_visible_end, v_scale_ptr, S: tl.constexpr):
+    """Attend to keys ``start`` to ``end``; those before ``all_visible_end`` are seen by every row.
+
+    Returns the normalized output as four parts (see `part_columns`), and the log2 of the sum of exponentials. Rows in
+    ``overflow`` can see a key that the page table has no column for: they get NaN.
+    """
+    m = tl.full([S.rows], float("-inf"), tl.float32)
+    l = tl.where(overflow, float("nan"), 0.0)
+    acc = tl.full([S.rows, quarter_width(S)], 0.0, tl.float32)
+    poison = tl.full([S.tile], 0.0, tl.float32)
+    state = (m, l, acc, acc, acc, acc, poison)
+    masked_start = start
+    if S.window == 0:
+        masked_start = start + tl.maximum(tl.minimum(end, all_visible_end) - start, 0) // S.tile * S.tile
+    for first in range(start, masked_start, S.tile):
+        state = attend_tile(state, query, pool, first, end, False, S)
+    for first in range(masked_start, end, S.tile):
+        state = attend_tile(state, query, pool, first, end, True, S)
+    return _finish(state, v_scale_ptr, S)
+
+
+@triton.constexpr_function
+def quarter_width(S):
+    """Columns of a part of V: a quarter of a row, at least the 16 that a dot takes."""
+    return max(16, S.records.v.padded_dim // 4)
+
+
+@triton.jit
+def attend_tile(state, query, pool, first, end, MASKED: tl.constexpr, S: tl.constexpr):
+    """One step of the online softmax, over S.tile keys from ``first``. With MASKED, not every row sees every key."""
+    R: tl.constexpr = S.records
+    m, l, acc0, acc1, acc2, acc3, poison = state
+    pages_ptr, table_ptr, head, num_pages, max_pages = pool
+    token = first + tl.arange(0, S.tile)
+    page, offset, in_pool = load_page_ids(table_ptr, first, num_pages, max_pages, MASKED, S.tile, R)
+    records = record_offsets(page, head, R)
+    x = _scores(query, pages_ptr, records, offset, token, S)
+    exists = token < end
+    exponent = tl.where(in_pool, 0.0, float("nan"))
+    if R.v.per_token_head:
+        v_scale = _load_scales(pages_ptr, records, offset, exists, MASKED, R.v)
+        known = tl.maximum(tl.where(v_scale == v_scale, v_scale, 1.0), MIN_SCALE)
+        if S.fold_v_scales:
+            exponent += tl.log2(known)
+    x += exponent[None, :]
+    visible = exists[None, :]
+    if MASKED:
+        visible = _visible(query, token, exists, S)
+        x = tl.where(visible, x, float("-inf"))
+
+    m_new = tl.maximum(m, tl.max(x, axis=1))
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = tl.exp2(m - m_safe)
+    w = tl.exp2(x - (m_safe - S.p_shift)[:, None])
+    p = w
+    if R.v.per_token_head:
+        if S.fold_v_scales:
+            w = w * (1.0 / known)[None, :]
+        else:
+            p = w * known[None, :]
+        if MASKED:
+            p = tl.where(visible & (v_scale != v_scale)[None, :], float("nan"), p)
+        else:
+            poison += tl.where(v_scale == v_scale, 0.0, float("nan"))
+    l = l * alpha + tl.sum(w, axis=1)
+    p = to_operand(p, S.v_operand)
+    v0, v1, v2, v3 = _load_v(pages_ptr, records, offset, exists, MASKED, S)
+    acc0 = _accumulate(acc0 * alpha[:, None], p, v0, visible, MASKED, S)
+    acc1 = _accumulate(acc1 * alpha[:, None], p, v1, visible, MASKED, S)
+    acc2 = _accumulate(acc2 * alpha[:, None], p, v2, visible, MASKED, S)
+    acc3 = _accumulate(acc3 * alpha[:, None], p, v3, visible, MASKED, S)
+    return m_new, l, acc0, acc1, acc2, acc3, poison
+
+
+@triton.jit
+def _scores(query, pages_ptr, records, offset, token, S: tl.constexpr):
+    """Scores [rows, tile] in units of log2, before the mask."""
+    R: tl.constexpr = S.records
+    q, row_scale, slope, q_pos = query
+    d = tl.arange(0, R.k.padded_dim)
+    element = tl.multiple_of(row_offsets(records, offset, R.k) // R.k.code_bytes, 16 // R.k.code_bytes)
+    elements = element[None, :] + d[:, None]
+    if R.k.code_bytes == 1:
+        codes = _load_rows(pages_ptr + elements, (d < R.k.head_dim)[:, None], R.k.padded_dim != R.k.head_dim)
+        k = decode_bytes(codes, R.k.mode, R.caps)
+    else:
+        ptr = typed_ptr(pages_ptr, R.k.mode)
+        k = _load_rows(ptr + elements, (d < R.k.head_dim)[:, None], R.k.padded_dim != R.k.head_dim)
+    x = tl.dot(q, to_operand(k, S.k_operand), input_precision="ieee") * row_scale[:, None]
+    if R.k.per_token_head:
+        x = x * tl.load(scale_ptrs(pages_ptr, records, offset, R.k))[None, :]
+    if S.softcap > 0:
+        x = S.softcap * LOG2E * _tanh(x * (1.0 / (S.softcap * LOG2E)))
+    if S.has_alibi:
+        x += slope[:, None] * (token[None, :] - q_pos[:, None]).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _load_rows(ptrs, mask, MASKED: tl.constexpr):
+    if MASKED:
+        rows = tl.load(ptrs, mask=mask, other=0)
+    else:
+        rows = tl.load(ptrs)
+    return rows
+
+
+@triton.jit
+def _load_scales(pages_ptr, records, offset, exists, MASKED: tl.constexpr, SIDE: tl.constexpr):
+    if MASKED:
+        scales = tl.load(scale_ptrs(pages_ptr, records, offset, SIDE), mask=exists, other=1.0)
+    else:
+        scales = tl.load(scale_ptrs(pages_ptr, records, offset, SIDE))
+    return scales
+
+
+@triton.jit
+def _tanh(x):
+    """Accurate to a few units in the last place; the polynomial (Cephes, tanhf) where the quotient would cancel."""
+    z = x * x
+    p = -5.70498872745e-3 * z + 2.06390887954e-2
+    p = p * z - 5.37397155531e-2
+    p = p * z + 1.33314422036e-1
+    p = p * z - 3.33332819422e-1
+    quotient = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2.0 * LOG2E)) + 1.0)
+    return tl.where(z < 0.390625, p * z * x + x, tl.where(x < 0, -quotient, quotient))
+
+
+@triton.jit
+def _visible(query, token, exists, S: tl.constexpr):
+    _, _, _, q_pos = query
+    visible = tl.broadcast_to(exists[None, :], [S.rows, S.tile])
+    if S.causal:
+        visible = visible & (token[None, :] <= q_pos[:, None])
+    if S.window > 0:
+        visible = visible & (token[None, :] > q_pos[:, None] - S.window)
+    return visible
+
+
+@triton.jit
+def _load_v(pages_ptr, records, offset, exists, MASKED: tl.constexpr, S: tl.constexpr):
+    """The four parts of the V rows [tile, quarter] as dot operands; zeros for keys that do not exist."""
+    V: tl.constexpr = S.records.v
+    QUARTER: tl.constexpr = V.head_dim // 4
+    c = tl.arange(0, quarter_width(S))
+    mask = (c < QUARTER)[None, :]
+    if MASKED:
+        mask = mask & exists[:, None]
+    PARTIAL: tl.constexpr = MASKED or quarter_width(S) != QUARTER
+    if V.code_bytes == 1:
+        word = tl.multiple_of(row_offsets(records, offset, V) // 4, 4)
+        words_ptr = bits_ptr(pages_ptr, 4).to(tl.pointer_type(tl.int32), bitcast=True)
+        v0, v1, v2, v3 = decode_words(_load_rows(words_ptr + word[:, None] + c[None, :], mask, PARTIAL), V.mode, S.records.caps)
+    else:
+        element = tl.multiple_of(row_offsets(records, offset, V) // V.code_bytes, 16 // V.code_bytes)
+        ptrs = typed_ptr(pages_ptr, V.mode) + element[:, None] + c[None, :]
+        v0 = _load_rows(ptrs, mask, PARTIAL)
+        v1 = _load_rows(ptrs + QUARTER, mask, PARTIAL)
+        v2 = _load_rows(ptrs + 2 * QUARTER, mask, PARTIAL)
+        v3 = _load_rows(ptrs + 3 * QUARTER, mask, PARTIAL)
+    return to_operand(v0, S.v_operand), to_operand(v1, S.v_operand), to_operand(v2, S.v_operand), to_operand(v3, S.v_operand)
+
+
+@triton.jit
+def _accumulate(acc, p, v, visible, MASKED: tl.constexpr, S: tl.constexpr):
+    """acc + p v. Where rows differ in what they see, an infinity or NaN of V reaches only the rows that see it."""
+    if MASKED and S.queries > 1 and not S.records.v.per_token_head:
+        wild = (v - v) != 0.0
+        seen = tl.dot(to_operand(visible, S.v_operand), to_operand(wild, S.v_operand), input_precision="ieee")
+        acc = tl.dot(p, tl.where(wild, tl.zeros_like(v), v), acc, input_precision="ieee")
+        acc = tl.where(seen > 0.0, float("nan"), acc)
+    else:
+        acc = tl.dot(p, v, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _finish(state, v_scale_ptr, S: tl.constexpr):
+    m, l, acc0, acc1, acc2, acc3, poison = state
+    factor = tl.where(l == 0.0, 0.0, 1.0 / l)
+    if S.records.v.per_tensor:
+        factor *= tl.load(v_scale_ptr)
+    if S.records.v.per_token_head:
+        factor += tl.sum(poison, axis=0)
+    lse = tl.where(l == 0.0, float("-inf"), m + tl.log2(l) - S.p_shift)
+    f = factor[:, None]
+    return (acc0 * f, acc1 * f, acc2 * f, acc3 * f), lse
+
+
+@triton.jit
+def part_columns(PART: tl.constexpr, S: tl.constexpr):
+    """Columns of the output that part PART holds, and which of them exist."""
+    V: tl.constexpr = S.records.v
+    c = tl.arange(0, quarter_width(S))
+    if V.code_bytes == 1:
+        columns = 4 * c + PART
+    else:
+        columns = c + PART * (V.head_dim // 4)
+    return columns, c < V.head_dim // 4
+
+
+@triton.jit
+def store_parts(out_ptr, row, stored, parts, S: tl.constexpr):
+    """Store rows of output [.., head_dim_v] held in four parts."""
+    for PART in tl.static_range(4):
+        columns, exist = part_columns(PART, S)
+        ptrs = out_ptr + row[:, None] * S.records.v.head_dim + columns[None, :]
+        tl.store(ptrs, parts[PART].to(out_ptr.dtype.element_ty), mask=stored[:, None] & exist[None, :])

@@ -1,0 +1,296 @@
+"""Device half of the codecs: rows to codes and back. The host half, with the same names, is `kvq_core.codec`.
+
+Every format has a portable form of integer and plain float operations, right under the Triton interpreter and on every
+GPU. Where ``CAPS`` allows, inline PTX or the hardware cast takes its place with the same results, bit for bit:
+``"portable"`` no PTX, ``"ptx"`` sm_80 and later, ``"ptx_fp8"`` sm_89 and later (float8 casts in hardware).
+
+Kernels that encode are launched with ``enable_fp_fusion=False``: a multiplication contracted with the addition that
+rounds it would round once instead of twice.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def encode_rows(x, tensor_scale_ptr, MODE: tl.constexpr, CAPS: tl.constexpr):
+    """Encode rows [rows, dim] of bfloat16, float16 or float32; return the codes as unsigned integers, and the row scales."""
+    row_scales = tl.zeros([x.shape[0]], tl.float32)
+    if MODE == "bfloat16" or MODE == "float16" or MODE == "float32":
+        codes = cast_bits(x, MODE)
+    elif MODE == "fp8_e4m3" or MODE == "fp8_e5m2":
+        inv = tl.div_rn(1.0, tl.load(tensor_scale_ptr))
+        codes = encode_per_tensor(x.to(tl.float32), inv, MODE, CAPS)
+    else:
+        codes, row_scales = encode_per_token_head(x.to(tl.float32), MODE, CAPS)
+    return codes, row_scales
+
+
+@triton.jit
+def encode_per_token_head(x, MODE: tl.constexpr, CAPS: tl.constexpr):
+    QMAX: tl.constexpr = 127.0 if MODE == "int8_per_token_head" else 448.0
+    # float32(1 / QMAX), the nearest float32 (the decimals below round to it).
+    INV_QMAX: tl.constexpr = 0.007874015718698502 if MODE == "int8_per_token_head" else 0.0022321429569274187
+    # On bit patterns the maximum is exact, free of order and keeps NaN (which is above infinity).
+    absmax_bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+    finite = absmax_bits < 0x7F800000
+    absmax = tl.where(finite, absmax_bits, 0).to(tl.float32, bitcast=True)
+    scale = tl.maximum(absmax * INV_QMAX, 1e-6)
+    inv = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    y = tl.where(finite[:, None], x, 0.0) * inv[:, None]
+    y = tl.minimum(tl.maximum(y, -QMAX), QMAX)
+    if MODE == "int8_per_token_head":
+        codes = round_to_int8(y)
+    else:
+        codes = encode_float8(y, "e4m3", CAPS)
+    codes = tl.where(finite[:, None], codes, tl.zeros_like(codes))
+    nan = tl.full(scale.shape, 0x7FC00000, tl.int32).to(tl.float32, bitcast=True)
+    return codes, tl.where(finite, scale, nan)
+
+
+@triton.jit
+def encode_per_tensor(x, inv, MODE: tl.constexpr, CAPS: tl.constexpr):
+    """The element's code, or the NaN code where it is not finite."""
+    QMAX: tl.constexpr = 448.0 if MODE == "fp8_e4m3" else 57344.0
+    NAN_CODE: tl.constexpr = 0x7F if MODE == "fp8_e4m3" else 0x7E
+    finite = (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
+    y = tl.where(finite, x, 0.0) * inv
+    y = tl.minimum(tl.maximum(y, -QMAX), QMAX)
+    codes = encode_float8(y, "e4m3" if MODE == "fp8_e4m3" else "e5m2", CAPS)
+    return tl.where(finite, codes, tl.full(codes.shape, NAN_CODE, tl.uint8))
+
+
+@triton.jit
+def round_to_int8(y):
+    """Round |y| <= 127 to the nearest integer, ties to even: adding 1.5 * 2^23 leaves it in the low mantissa bits."""
+    return ((y + 12582912.0).to(tl.int32, bitcast=True) & 0xFF).to(tl.uint8)
+
+
+@triton.jit
+def encode_float8(y, FORMAT: tl.constexpr, CAPS: tl.constexpr):
+    """Round finite float32 within the format's range to float8, ties to even; the bits as uint8."""
+    if CAPS == "ptx_fp8":
+        codes = y.to(tl.float8e4nv if FORMAT == "e4m3" else tl.float8e5).to(tl.uint8, bitcast=True)
+    else:
+        codes = encode_float8_portable(y, FORMAT)
+    return codes
+
+
+@triton.jit
+def encode_float8_portable(y, FORMAT: tl.constexpr):
+    DROPPED: tl.constexpr = 20 if FORMAT == "e4m3" else 21  # mantissa bits that float8 does not have
+    BIAS_SHIFT: tl.constexpr = (127 - 7) * 8 if FORMAT == "e4m3" else (127 - 15) * 4
+    MIN_NORMAL_BITS: tl.constexpr = (127 - 6) << 23 if FORMAT == "e4m3" else (127 - 14) << 23
+    # The float32 whose last mantissa bit weighs as much as the smallest float8 subnormal: 2^-9 or 2^-16.
+    MAGIC: tl.constexpr = 16384.0 if FORMAT == "e4m3" else 128.0
+    MAGIC_BITS: tl.constexpr = (127 + 14) << 23 if FORMAT == "e4m3" else (127 + 7) << 23
+    bits = y.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    rounded = magnitude + ((1 << (DROPPED - 1)) - 1) + ((magnitude >> DROPPED) & 1)
+    normal = (rounded >> DROPPED) - BIAS_SHIFT
+    subnormal = (magnitude.to(tl.float32, bitcast=True) + MAGIC).to(tl.int32, bitcast=True) - MAGIC_BITS
+    code = tl.where(magnitude < MIN_NORMAL_BITS, subnormal, normal)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def cast_bits(x, DTYPE: tl.constexpr):
+    """The bits of x in DTYPE: a bit copy of the same dtype, else one rounding with NaN made canonical."""
+    if DTYPE == "bfloat16":
+        bits = x.to(tl.uint16, bitcast=True) if x.dtype == tl.bfloat16 else bfloat16_bits(x.to(tl.float32))
+    elif DTYPE == "float16":
+        bits = x.to(tl.uint16, bitcast=True) if x.dtype == tl.float16 else float16_bits(x.to(tl.float32))
+    else:
+        bits = x.to(tl.uint32, bitcast=True) if x.dtype == tl.float32 else float32_bits(x.to(tl.float32))
+    return bits
+
+
+@triton.jit
+def bfloat16_bits(x):
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return (tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded) & 0xFFFF).to(tl.uint16)
+
+
+@triton.jit
+def float16_bits(x):
+    is_nan = (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) > 0x7F800000
+    # 65520 is the least float32 that rounds to infinity; the clip keeps the sign and spares a cast that overflows.
+    overflow = tl.abs(x) >= 65520.0
+    safe = tl.where(is_nan | overflow, 0.0, x).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int32)
+    infinity = 0x7C00 | ((x.to(tl.int32, bitcast=True) >> 16) & 0x8000)
+    return tl.where(is_nan, 0x7E00, tl.where(overflow, infinity, safe)).to(tl.uint16)
+
+
+@triton.jit
+def float32_bits(x):
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def decode_bytes(codes, MODE: tl.constexpr, CAPS: tl.constexpr):
+    """uint8 codes of an 8-bit mode to float16, exactly."""
+    if MODE == "int8_per_token_head":
+        if CAPS == "portable":
+            values = codes.to(tl.int8, bitcast=True).to(tl.float16)
+        else:
+            values = _int8_bytes_ptx(codes)
+    elif MODE == "fp8_e5m2":
+        values = (codes.to(tl.uint16) << 8).to(tl.float16, bitcast=True)  # float16 with the mantissa cut to two bits
+    elif CAPS == "ptx_fp8":
+        values = _e4m3_bytes_ptx(codes)
+    else:
+        values = _e4m3_bytes_portable(codes)
+    return values
+
+
+@triton.jit
+def decode_words(words, MODE: tl.constexpr, CAPS: tl.constexpr):
+    """int32 words, each four neighbouring codes of one row, to four float16 tensors: bytes 0 to 3, exactly."""
+    if MODE == "int8_per_token_head" and CAPS != "portable":
+        values = _int8_words_ptx(words)
+    elif MODE == "fp8_e5m2" and CAPS != "portable":
+        values = _e5m2_words_ptx(words)
+    elif MODE != "int8_per_token_head" and CAPS == "ptx_fp8":
+        values = _e4m3_words_ptx(words)
+    else:
+        values = (
+            decode_bytes((words & 0xFF).to(tl.uint8), MODE, CAPS),
+            decode_bytes(((words >> 8) & 0xFF).to(tl.uint8), MODE, CAPS),
+            decode_bytes(((words >> 16) & 0xFF).to(tl.uint8), MODE, CAPS),
+            decode_bytes(((words >> 24) & 0xFF).to(tl.uint8), MODE, CAPS),
+        )
+    return values
+
+
+@triton.jit
+def _e4m3_bytes_portable(codes):
+    """Seven bits moved to float16's exponent and mantissa are the value times 2^-8."""
+    bits = codes.to(tl.uint16)
+    values = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
+    return tl.where((bits & 0x7F) == 0x7F, float("nan"), values).to(tl.float16)
+
+
+@triton.jit
+def _int8_bytes_ptx(codes):
+    """(byte ^ 0x80) | 0x6400 is the float16 1152 + x; four codes per register."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 t, a, b, c;
+        mov.b32 c, 0x64806480;
+        xor.b32 t, $2, 0x80808080;
+        prmt.b32 a, t, 0x64646464, 0x4140;
+        prmt.b32 b, t, 0x64646464, 0x4342;
+        sub.f16x2 $0, a, c;
+        sub.f16x2 $1, b, c;
+        }
+        """,
+        "=r,=r,r",
+        [codes],
+        dtype=tl.float16,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def _e4m3_bytes_ptx(codes):
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b16 a, b;
+        mov.b32 {a, b}, $2;
+        cvt.rn.f16x2.e4m3x2 $0, a;
+        cvt.rn.f16x2.e4m3x2 $1, b;
+        }
+        """,
+        "=r,=r,r",
+        [codes],
+        dtype=tl.float16,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def _int8_words_ptx(words):
+    """As `_int8_bytes_ptx`, on the words of two rows at a time: a result register holds one byte of each row."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 a, b, c, d, k, m;
+        mov.b32 k, 0x64806480;
+        mov.b32 m, 0x00ff00ff;
+        prmt.b32 a, $4, $5, 0x5410;
+        prmt.b32 b, $4, $5, 0x7632;
+        shr.u32 c, a, 8;
+        shr.u32 d, b, 8;
+        lop3.b32 a, a, m, k, 0x6A;
+        lop3.b32 c, c, m, k, 0x6A;
+        lop3.b32 b, b, m, k, 0x6A;
+        lop3.b32 d, d, m, k, 0x6A;
+        sub.f16x2 $0, a, k;
+        sub.f16x2 $1, c, k;
+        sub.f16x2 $2, b, k;
+        sub.f16x2 $3, d, k;
+        }
+        """,
+        "=&r,=&r,=&r,=&r,r,r",
+        [words],
+        dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _e4m3_words_ptx(words):
+    """Pair the bytes of two rows, convert each pair in hardware."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 a, b;
+        .reg .b16 p, q, r, s;
+        prmt.b32 a, $4, $5, 0x5140;
+        prmt.b32 b, $4, $5, 0x7362;
+        mov.b32 {p, q}, a;
+        mov.b32 {r, s}, b;
+        cvt.rn.f16x2.e4m3x2 $0, p;
+        cvt.rn.f16x2.e4m3x2 $1, q;
+        cvt.rn.f16x2.e4m3x2 $2, r;
+        cvt.rn.f16x2.e4m3x2 $3, s;
+        }
+        """,
+        "=&r,=&r,=&r,=&r,r,r",
+        [words],
+        dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _e5m2_words_ptx(words):
+    """A byte in the upper half of a float16 is its value: pair the bytes of two rows, clear the lower halves."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 a, b, c, d;
+        prmt.b32 a, $4, $5, 0x4000;
+        prmt.b32 b, $4, $5, 0x5010;
+        prmt.b32 c, $4, $5, 0x6020;
+        prmt.b32 d, $4, $5, 0x7030;
+        and.b32 $0, a, 0xff00ff00;
+        and.b32 $1, b, 0xff00ff00;
+        and.b32 $2, c, 0xff00ff00;
+        and.b32 $3, d, 0xff00ff00;
+        }
+        """,
+        "=&r,=&r,=&r,=&r,r,r",
+        [words],
+        dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+        is_pure=True,
+        pack=2,
+    )

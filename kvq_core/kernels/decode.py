@@ -1,0 +1,122 @@
+"""Attention of few queries over many keys: the keys are split over programs, and the parts merged."""
+
+import triton
+import triton.language as tl
+
+from kvq_core.kernels.attend import LOG2E, attend_keys, load_queries, store_parts
+from kvq_core.kernels.segments import find_segment, queries_of, segments_of, sequence_of_token
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit(do_not_specialize=["num_q_tokens", "num_seqs", "num_pages", "max_pages", "q_stride_token", "q_stride_head"])
+def attend_segments(
+    q_ptr,  # [num_q_tokens, num_q_heads, head_dim] bfloat16, float16 or float32
+    pages_ptr,  # uint8 [num_pages, num_kv_heads, record_bytes]
+    k_scale_ptr,  # float32 [], per-tensor modes
+    v_scale_ptr,  # float32 []
+    sinks_ptr,  # float32 [num_q_heads], read by merge_segments only
+    alibi_slopes_ptr,  # float32 [num_q_heads] if S.has_alibi
+    page_table_ptr,  # int32 [num_seqs, max_pages]
+    seq_lens_ptr,  # int32 [num_seqs]
+    cu_seqlens_q_ptr,  # int32 [num_seqs + 1] if S.has_cu_seqlens
+    num_q_tokens,
+    num_seqs,
+    num_pages,
+    max_pages,
+    q_stride_token,  # elements / S.q_align
+    q_stride_head,
+    partial_out_ptr,  # out float32 [num_segments, num_kv_heads, queries * group, head_dim_v]
+    partial_lse_ptr,  # out float32 [num_segments, num_kv_heads, queries * group], log2
+    S: tl.constexpr,
+):
+    """One segment of one sequence's keys, for S.rows query rows of one KV head."""
+    R: tl.constexpr = S.records
+    pid = tl.program_id(0)
+    head = pid % R.num_kv_heads
+    row_block = pid // R.num_kv_heads % S.row_blocks
+    segment = pid // (R.num_kv_heads * S.row_blocks)
+    capacity = max_pages * R.page_size
+    seq, start, end = find_segment(segment, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity, S)
+    if seq < num_seqs:
+        seq_len = tl.load(seq_lens_ptr + seq)
+        first_query, num_queries = queries_of(seq, seq < num_seqs, cu_seqlens_q_ptr, S)
+        row = row_block * S.rows + tl.arange(0, S.rows)
+        q_index = row // S.group
+        token = first_query + q_index
+        valid = (row < S.queries * S.group) & (q_index < num_queries) & (token < num_q_tokens)
+        q_pos = seq_len - num_queries + q_index
+        q_head = head * S.group + row % S.group
+        strides = (q_stride_token, q_stride_head)
+        query = load_queries(q_ptr, k_scale_ptr, alibi_slopes_ptr, token, q_head, q_pos, valid, strides, S)
+        last_visible = q_pos if S.causal else tl.zeros_like(q_pos) + (seq_len - 1)
+        all_visible_end = seq_len - num_queries + 1 if S.causal else seq_len
+        pool = (pages_ptr, page_table_ptr + seq.to(tl.int64) * max_pages, head, num_pages, max_pages)
+        out, lse = attend_keys(query, last_visible >= capacity, pool, start, end, all_visible_end, v_scale_ptr, S)
+        partial_row = (segment.to(tl.int64) * R.num_kv_heads + head) * (S.queries * S.group) + row
+        store_parts(partial_out_ptr, partial_row, valid, out, S)
+        tl.store(partial_lse_ptr + partial_row, lse, mask=valid)
+
+
+@triton.jit(do_not_specialize=["num_q_tokens", "num_seqs", "max_pages"])
+def merge_segments(
+    partial_out_ptr,  # float32 [num_segments, num_kv_heads, queries * group, head_dim_v]
+    partial_lse_ptr,  # float32 [num_segments, num_kv_heads, queries * group], log2
+    sinks_ptr,  # float32 [num_q_heads] if S.has_sinks
+    seq_lens_ptr,  # int32 [num_seqs]
+    cu_seqlens_q_ptr,  # int32 [num_seqs + 1] if S.has_cu_seqlens
+    num_q_tokens,
+    num_seqs,
+    max_pages,
+    out_ptr,  # out [num_q_tokens, num_q_heads, head_dim_v]
+    lse_ptr,  # out float32 [num_q_tokens, num_q_heads]
+    S: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Merge the parts of one query of one head, SPLITS at a time."""
+    V: tl.constexpr = S.records.v
+    token = tl.program_id(0) // S.num_q_heads
+    q_head = tl.program_id(0) % S.num_q_heads
+    seq, q_index = sequence_of_token(token, cu_seqlens_q_ptr, num_seqs, S)
+    capacity = max_pages * S.records.page_size
+    first_segment, splits = segments_of(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity, S)
+    promised = q_index < S.queries  # queries past max_seqlen_q were not attended to: their result is NaN
+    row = tl.where(promised, q_index, 0) * S.group + q_head % S.group
+    d = tl.arange(0, V.padded_dim)
+    m = tl.full([], float("-inf"), tl.float32)
+    l = tl.full([], 0.0, tl.float32)
+    acc = tl.full([V.padded_dim], 0.0, tl.float32)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)
+        head_row = ((first_segment + split).to(tl.int64) * S.records.num_kv_heads + q_head // S.group) * (S.queries * S.group)
+        exists = split < splits
+        lse = tl.load(partial_lse_ptr + head_row + row, mask=exists, other=float("-inf"))
+        mask = exists[:, None] & (d < V.head_dim)[None, :]
+        part = tl.load(partial_out_ptr + (head_row + row)[:, None] * V.head_dim + d[None, :], mask=mask, other=0.0)
+        m_new = tl.maximum(m, tl.max(lse, axis=0))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.exp2(m - m_safe)
+        weight = tl.exp2(lse - m_safe)
+        l = l * alpha + tl.sum(weight, axis=0)
+        acc = acc * alpha + tl.sum(part * weight[:, None], axis=0)
+        m = m_new
+    lse = tl.where(l == 0.0, float("-inf"), m + tl.log2(l))
+    out = acc * tl.where(l == 0.0, 0.0, 1.0 / l)
+    if S.has_sinks:
+        sink = tl.where(splits > 0, tl.load(sinks_ptr + q_head) * LOG2E, float("-inf"))
+        share, lse = add_sink(lse, sink)
+        out = out * share
+    poison = tl.where(promised | (splits == 0), 0.0, float("nan"))
+    out_row = token.to(tl.int64) * S.num_q_heads + q_head
+    tl.store(out_ptr + out_row * V.head_dim + d, (out + poison).to(out_ptr.dtype.element_ty), mask=d < V.head_dim)
+    tl.store(lse_ptr + out_row, lse * LN2 + poison)
+
+
+@triton.jit
+def add_sink(lse, sink):
+    """Let a logit join the denominator: the factor for outputs, and the new log-sum-exp (both in units of log2)."""
+    m = tl.maximum(lse, sink)
+    m = tl.where(m == float("-inf"), 0.0, m)
+    with_sink = m + tl.log2(tl.exp2(lse - m) + tl.exp2(sink - m))
+    share = tl.where(lse == float("-inf"), 0.0, tl.exp2(lse - with_sink))
+    return share, with_sink

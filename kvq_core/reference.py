@@ -1,0 +1,311 @@
+"""The specification, in numpy: what every backend computes (DESIGN.md sections 3 to 6).
+
+Written to be read, not to be fast. Cache bytes agree with it exactly, attention as DESIGN.md section 4 says. Arrays are
+numpy's, with the dtypes of ml_dtypes where numpy has none; a pool whose page stride exceeds a page is a strided view.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from kvq_core.arguments import ArraySpec, check_append_kv, check_copy_pages, check_gather_kv, check_paged_attention
+from kvq_core.codec import decode_rows, encode_rows
+from kvq_core.layout import CacheLayout
+
+_QUERY_TILE = 64  # bounds the memory of the scores
+
+
+def record_field(layout: CacheLayout, pages: np.ndarray, name: str) -> np.ndarray:
+    """Return one field of all records as a writable view.
+
+    Args:
+        layout: the layout of ``pages``.
+        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``.
+        name: a key of ``layout.fields``, e.g. ``"k_codes"``.
+
+    Returns:
+        ``[num_pages, num_kv_heads, page_size, n]`` of the field's dtype; n is the head dimension of codes, 1 of scales.
+    """
+    field = layout.fields[name]
+    field_bytes = pages[:, :, field.offset : field.offset + layout.page_size * field.row_bytes]
+    return field_bytes.reshape(*pages.shape[:2], layout.page_size, field.row_bytes).view(field.dtype)
+
+
+def append_kv(
+    layout: CacheLayout,
+    pages: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    slot_mapping: np.ndarray,
+    k_scale: float | np.ndarray = 1.0,
+    v_scale: float | np.ndarray = 1.0,
+) -> None:
+    """Quantize new tokens and write them to their slots, in place.
+
+    A slot below 0, or past the pool, drops its token. Of tokens with the same slot one wins whole.
+
+    Args:
+        layout: the layout of ``pages``.
+        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``, written.
+        k: bfloat16, float16 or float32 ``[num_tokens, num_kv_heads, head_dim]``.
+        v: the same with ``head_dim_v``.
+        slot_mapping: int32 or int64 ``[num_tokens]``, ``page * page_size + offset`` of each token.
+        k_scale: float32 scalar of a per-tensor mode of K.
+        v_scale: float32 scalar of a per-tensor mode of V.
+
+    Raises:
+        TypeError, ValueError: see `kvq_core.arguments.check_append_kv`.
+    """
+    check_append_kv(layout, _spec(pages), _spec(k), _spec(v), _spec(slot_mapping))
+    is_kept = (slot_mapping >= 0) & (slot_mapping < pages.shape[0] * layout.page_size)
+    page_ids, offsets = np.divmod(slot_mapping[is_kept], layout.page_size)
+    for side, x, mode, scale in (("k", k, layout.k_mode, k_scale), ("v", v, layout.v_mode, v_scale)):
+        codes, scales = encode_rows(x[is_kept], mode, scale)
+        record_field(layout, pages, f"{side}_codes")[page_ids, :, offsets] = codes
+        if scales is not None:
+            record_field(layout, pages, f"{side}_scales")[page_ids, :, offsets] = scales[..., None]
+
+
+def gather_kv(
+    layout: CacheLayout,
+    pages: np.ndarray,
+    page_table: np.ndarray,
+    seq_lens: np.ndarray,
+    k_scale: float | np.ndarray = 1.0,
+    v_scale: float | np.ndarray = 1.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read sequences back as dense values.
+
+    Args:
+        layout: the layout of ``pages``.
+        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``.
+        page_table: int32 ``[num_seqs, max_pages]``.
+        seq_lens: int32 ``[num_seqs]``.
+        k_scale: float32 scalar of a per-tensor mode of K.
+        v_scale: float32 scalar of a per-tensor mode of V.
+
+    Returns:
+        K ``[num_seqs, max_pages * page_size, num_kv_heads, head_dim]`` and V with ``head_dim_v``, float32: zero at and
+        past each length, NaN for the tokens of a page outside the pool.
+
+    Raises:
+        TypeError, ValueError: see `kvq_core.arguments.check_gather_kv`.
+    """
+    check_gather_kv(layout, _spec(pages), _spec(page_table), _spec(seq_lens), "float32")
+    is_token = np.arange(page_table.shape[1] * layout.page_size) < seq_lens[:, None]
+    k, v = _read_pages(layout, pages, page_table, k_scale, v_scale)
+    is_token = is_token[:, :, None, None]
+    return np.where(is_token, k, np.float32(0)), np.where(is_token, v, np.float32(0))
+
+
+def copy_pages(pages: np.ndarray, src: np.ndarray, dst: np.ndarray) -> None:
+    """Copy page ``src[i]`` to page ``dst[i]``, in place; all sources are read before any is written.
+
+    A pair with an id outside the pool is skipped.
+
+    Args:
+        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``, written.
+        src: int32 or int64 ``[num_pairs]``.
+        dst: int32 or int64 ``[num_pairs]``, unique and disjoint from ``src``.
+
+    Raises:
+        TypeError, ValueError: see `kvq_core.arguments.check_copy_pages`.
+    """
+    check_copy_pages(_spec(pages), _spec(src), _spec(dst))
+    is_kept = _is_page(src, pages) & _is_page(dst, pages)
+    pages[dst[is_kept]] = pages[src[is_kept]]
+
+
+@np.errstate(all="ignore")
+def paged_attention(
+    layout: CacheLayout,
+    q: np.ndarray,
+    pages: np.ndarray,
+    page_table: np.ndarray,
+    seq_lens: np.ndarray,
+    *,
+    cu_seqlens_q: np.ndarray | None = None,
+    max_seqlen_q: int | None = None,
+    sm_scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: np.ndarray | None = None,
+    alibi_slopes: np.ndarray | None = None,
+    k_scale: float | np.ndarray = 1.0,
+    v_scale: float | np.ndarray = 1.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Attend over the cached values, ``softmax(sm_scale * q k^T + mask) v``, in float64.
+
+    Query i of a sequence's n queries sits at position ``p = seq_len - n + i`` and sees key j when ``j <= p`` (causal)
+    and ``j > p - window``. Its score is ``s = sm_scale * q k_j``, then ``softcap * tanh(s / softcap)``, then
+    ``+ slope * (j - p)``. A query that sees a key on a page outside the pool, or past the page table, gets NaN.
+
+    Args:
+        layout: the layout of ``pages``.
+        q: bfloat16, float16 or float32 ``[num_q_tokens, num_q_heads, head_dim]``.
+        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``.
+        page_table: int32 ``[num_seqs, max_pages]``.
+        seq_lens: int32 ``[num_seqs]``, the KV lengths, queries included.
+        cu_seqlens_q: int32 ``[num_seqs + 1]`` from 0, the rows of q of each sequence; None for one query each.
+        max_seqlen_q: the caller's promise of the most queries of a sequence; without effect here.
+        sm_scale: multiplies the scores; ``head_dim**-0.5`` if None.
+        causal: whether a query sees no later key.
+        window: how many keys up to its position a query sees; None for all.
+        softcap: bounds the scores; None for no bound.
+        sinks: float32 ``[num_q_heads]``, logits that join the denominator only.
+        alibi_slopes: float32 ``[num_q_heads]``.
+        k_scale: float32 scalar of a per-tensor mode of K.
+        v_scale: float32 scalar of a per-tensor mode of V.
+
+    Returns:
+        Values ``[num_q_tokens, num_q_heads, head_dim_v]`` and log-sum-exp ``[num_q_tokens, num_q_heads]`` (natural,
+        sinks included), float64. A query that sees no key: zeros, and -inf or the sink. Rows from ``cu_seqlens_q[-1]``
+        on: zeros, and -inf.
+
+    Raises:
+        TypeError, ValueError: see `kvq_core.arguments.check_paged_attention`.
+    """
+    check_paged_attention(
+        layout,
+        _spec(q),
+        _spec(pages),
+        _spec(page_table),
+        _spec(seq_lens),
+        cu_seqlens_q=_optional_spec(cu_seqlens_q),
+        max_seqlen_q=max_seqlen_q,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        sm_scale=sm_scale,
+        sinks=_optional_spec(sinks),
+        alibi_slopes=_optional_spec(alibi_slopes),
+    )
+    num_q_tokens, num_q_heads, head_dim = q.shape
+    heads = (pages.shape[1], num_q_heads // pages.shape[1])  # query head h reads KV head h // heads[1]
+    scoring = _Scoring(
+        sm_scale=head_dim**-0.5 if sm_scale is None else sm_scale,
+        softcap=softcap,
+        slopes=_per_head(alibi_slopes, heads, default=0.0),
+        sinks=_per_head(sinks, heads, default=-np.inf),
+    )
+    q = q.astype(np.float64).reshape(num_q_tokens, *heads, head_dim)
+    head_dim_v = record_field(layout, pages, "v_codes").shape[-1]
+    out = np.zeros((num_q_tokens, *heads, head_dim_v))
+    lse = np.full((num_q_tokens, *heads), -np.inf)
+    ends = np.arange(1, len(seq_lens) + 1) if cu_seqlens_q is None else cu_seqlens_q[1:]
+    start = 0
+    for page_ids, seq_len, end in zip(page_table, seq_lens.tolist(), ends.tolist(), strict=True):
+        page_ids = page_ids[: max(0, -(-seq_len // layout.page_size))]
+        k, v = (_by_head(x) for x in _read_pages(layout, pages, page_ids, k_scale, v_scale))
+        for tile in (slice(i, min(i + _QUERY_TILE, end)) for i in range(start, end, _QUERY_TILE)):
+            positions = np.arange(tile.start, tile.stop) + (seq_len - end)
+            first, stop = _visible_keys(positions, seq_len, causal, window)
+            out[tile], lse[tile] = _attend(scoring, q[tile], k, v, positions, first, stop)
+        start = end
+    return out.reshape(num_q_tokens, num_q_heads, head_dim_v), lse.reshape(num_q_tokens, num_q_heads)
+
+
+class _Scoring(NamedTuple):
+    """How scores come from dot products: numbers, and float64 ``[num_kv_heads, num_q_heads / num_kv_heads]``."""
+
+    sm_scale: float
+    softcap: float | None
+    slopes: np.ndarray
+    sinks: np.ndarray
+
+
+def _visible_keys(
+    positions: np.ndarray, seq_len: int, causal: bool, window: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first key that each query sees, and the one after its last."""
+    first = np.zeros_like(positions) if window is None else np.maximum(0, positions - window + 1)
+    stop = positions + 1 if causal else np.full_like(positions, seq_len)
+    return first, stop
+
+
+def _attend(
+    scoring: _Scoring,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    positions: np.ndarray,
+    first: np.ndarray,
+    stop: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Attend from queries ``[n, *heads, head_dim]`` to the keys that each sees; return values and log-sum-exp."""
+    keys = np.arange(k.shape[1])
+    is_visible = (first[:, None] <= keys) & (keys < stop[:, None])
+    scores = scoring.sm_scale * (np.moveaxis(q, 0, 2) @ k[:, None].swapaxes(2, 3))
+    if scoring.softcap is not None:
+        scores = scoring.softcap * np.tanh(scores / scoring.softcap)
+    scores = scores + scoring.slopes[..., None, None] * (keys - positions[:, None])
+    scores = np.where(is_visible, scores, -np.inf)
+    lse = np.logaddexp(_logsumexp(scores), scoring.sinks[..., None])
+    weights = np.where(is_visible, np.exp(scores - lse[..., None]), 0.0)
+    out = _weighted_sum(weights, v, is_visible)
+    is_past_table = stop > np.maximum(first, k.shape[1])
+    out[..., is_past_table, :] = lse[..., is_past_table] = np.nan
+    return np.moveaxis(out, 2, 0), np.moveaxis(lse, 2, 0)
+
+
+def _weighted_sum(weights: np.ndarray, v: np.ndarray, is_visible: np.ndarray) -> np.ndarray:
+    """``weights [*heads, n, num_keys] @ v``, where a row with NaN or infinity reaches only the queries that see it."""
+    is_finite: np.ndarray = np.all(np.isfinite(v), axis=-1)
+    out = weights @ np.where(is_finite[..., None], v, 0.0)[:, None]
+    for head, key in np.argwhere(~is_finite):
+        seeing = is_visible[:, key]
+        out[head][:, seeing] += weights[head][:, seeing, key, None] * v[head, key]
+    return out
+
+
+def _logsumexp(scores: np.ndarray) -> np.ndarray:
+    """Over the last axis; -inf where all scores are."""
+    peak = scores.max(axis=-1, initial=-np.inf)
+    shift = np.where(peak == -np.inf, 0.0, peak)
+    return np.log(np.exp(scores - shift[..., None]).sum(axis=-1)) + shift
+
+
+def _per_head(x: np.ndarray | None, heads: tuple[int, int], default: float) -> np.ndarray:
+    return np.full(heads, default) if x is None else x.astype(np.float64).reshape(heads)
+
+
+def _by_head(rows: np.ndarray) -> np.ndarray:
+    """float64 ``[num_kv_heads, num_tokens, n]`` of ``[num_tokens, num_kv_heads, n]``."""
+    return rows.swapaxes(0, 1).astype(np.float64, order="C")
+
+
+def _read_pages(
+    layout: CacheLayout,
+    pages: np.ndarray,
+    page_ids: np.ndarray,
+    k_scale: float | np.ndarray,
+    v_scale: float | np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """float32 K and V ``[..., n * page_size, num_kv_heads, dim]`` of ``page_ids [..., n]``; NaN outside the pool."""
+    is_page = _is_page(page_ids, pages)
+    inside = page_ids[is_page]
+    num_tokens = page_ids.shape[-1] * layout.page_size
+    sides = []
+    for side, mode, scale in (("k", layout.k_mode, k_scale), ("v", layout.v_mode, v_scale)):
+        codes = record_field(layout, pages, f"{side}_codes")
+        if mode.is_per_token_head:
+            scale = record_field(layout, pages, f"{side}_scales")[inside, ..., 0]
+        rows = np.full((*page_ids.shape, *codes.shape[1:]), np.nan, np.float32)
+        rows[is_page] = decode_rows(codes[inside], mode, scale)
+        sides.append(rows.swapaxes(-2, -3).reshape(*page_ids.shape[:-1], num_tokens, pages.shape[1], codes.shape[-1]))
+    return sides[0], sides[1]
+
+
+def _is_page(page_ids: np.ndarray, pages: np.ndarray) -> np.ndarray:
+    return (page_ids >= 0) & (page_ids < pages.shape[0])
+
+
+def _spec(x: np.ndarray) -> ArraySpec:
+    return ArraySpec(x.dtype.name, x.shape, tuple(stride // x.itemsize for stride in x.strides))
+
+
+def _optional_spec(x: np.ndarray | None) -> ArraySpec | None:
+    return None if x is None else _spec(x)
