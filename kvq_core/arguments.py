@@ -146,7 +146,7 @@ def _check_pages(pages: ArraySpec, layout: CacheLayout | None = None) -> int:
     _check_kv_head_count(num_kv_heads, layout.num_kv_heads if layout else num_kv_heads)
     if record_bytes == 0 or record_bytes % FIELD_ALIGNMENT:
         raise ValueError(f"expected record_bytes to be a multiple of {FIELD_ALIGNMENT}; got {record_bytes}")
-    if not _is_contiguous(pages.shape[1:], pages.strides[1:]):
+    if num_pages > 0 and not _is_contiguous(pages.shape[1:], pages.strides[1:]):
         raise ValueError(
             f"expected pages with contiguous records, strides (page stride, {record_bytes}, 1); got {pages.strides}. "
             "Slice a pool along pages only; shard KV heads into a pool of their own"
@@ -220,7 +220,7 @@ def _check_shape(name: str, spec: ArraySpec, sizes: dict[str, int | None]) -> No
 
 
 def _check_rows_contiguous(name: str, spec: ArraySpec) -> None:
-    if not _is_contiguous(spec.shape[-1:], spec.strides[-1:]):
+    if spec.strides[-1] != 1 and 0 not in spec.shape:
         raise ValueError(
             f"expected {name} with a contiguous last axis, stride 1; got strides {spec.strides}. "
             f"Pass {name}.contiguous() or a copy in that order"

@@ -54,7 +54,7 @@ class CacheLayout:
     page_size: int
     num_kv_heads: int
     head_dim: int
-    head_dim_v: int | None = None
+    head_dim_v: int = None  # pyright: ignore[reportAssignmentType]  (resolved in __post_init__)
     scale_placement: str = "tail"
     compute_dtype: InitVar[Any] = None
 

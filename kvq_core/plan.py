@@ -189,7 +189,7 @@ def plan_copy_pages(pages: ArraySpec, src: ArraySpec, dst: ArraySpec, device: De
         outputs=(Output(pages.shape, "uint8", alias=2),),
         constexprs=(
             ("PAGE_WORDS", page_words),
-            ("PAGE_STRIDE_WORDS", pages.strides[0] // 4),
+            ("PAGE_STRIDE_WORDS", (pages.strides[0] if num_pages > 1 else num_heads * record_bytes) // 4),
             ("CHUNK", _COPY_WORDS),
         ),
         num_warps=4,
@@ -242,11 +242,12 @@ def plan_paged_attention(
     )
     if q.shape[0] == 0:
         return None
-    records = _records(layout, pages, device)
-    group = q.shape[1] // records.num_kv_heads
+    group = q.shape[1] // pages.shape[1]
     queries = 1 if cu_seqlens_q is None else max_seqlen_q
     is_decode = queries is not None and (queries == 1 or queries * group <= _DECODE_ROWS)
-    shape = _decode_shape(records, group, queries, device) if is_decode else _prefill_shape(records, group, device)
+    rows = min(_MANY_ROWS, _power_of_two(queries * group, least=16)) if is_decode else _power_of_two(group, _MANY_ROWS)
+    records = _records(layout, pages, device, least_dim=64 if rows >= _MANY_ROWS else 16)
+    shape = _decode_shape(records, group, queries, rows, device) if is_decode else _prefill_shape(records, group, rows)
     operands = _operands(layout, q.dtype, device)
     spec = AttentionSpec(
         records=records,
@@ -260,6 +261,7 @@ def plan_paged_attention(
         k_operand=operands.k,
         v_operand=operands.v,
         fold_v_scales=operands.v != "float32",
+        v_parts=1 if rows >= _MANY_ROWS else 4,
         p_shift=14.0 if operands.v == "float16" else 0.0,
         normalize_q=operands.k == "float16" and q.dtype == "bfloat16",
         sm_scale=float(layout.head_dim**-0.5 if sm_scale is None else sm_scale),
@@ -277,7 +279,10 @@ def plan_paged_attention(
     return _plan_prefill(spec, q, page_table, pages, shape)
 
 
-_DECODE_ROWS = 64
+_DECODE_ROWS = 64  # more query rows a KV head than this take the prefill kernel
+# From so many rows Hopper's dots take their right operand from shared memory. Narrow ones (less than 128 bytes) are
+# miscompiled by Triton 3.6: it computes negative shared-memory offsets.
+_MANY_ROWS = 64
 
 
 class _Operands(NamedTuple):
@@ -314,19 +319,17 @@ def _operands(layout: CacheLayout, q_dtype: str, device: DeviceFacts) -> _Operan
     return _Operands(operand(layout.k_mode), operand(layout.v_mode))
 
 
-def _decode_shape(records: RecordSpec, group: int, queries: int, device: DeviceFacts) -> _AttentionShape:
-    rows = min(64, _power_of_two(queries * group, least=16))
+def _decode_shape(records: RecordSpec, group: int, queries: int, rows: int, device: DeviceFacts) -> _AttentionShape:
     row_blocks = math.ceil(queries * group / rows)
-    wide = max(records.k.padded_dim * records.k.code_bytes, records.v.padded_dim * records.v.code_bytes)
     state = rows * max(records.k.padded_dim, records.v.padded_dim)
     programs = device.num_sms * _DECODE_PROGRAMS_PER_SM
     return _AttentionShape(
         rows=rows,
         row_blocks=row_blocks,
         queries=queries,
-        tile=64 if wide <= 256 else 32,
+        tile=_tile(records),
         num_warps=max(1, min(8, state // 2048)),
-        num_stages=3,
+        num_stages=2,
         target_segments=max(1, programs // (records.num_kv_heads * row_blocks)),
         min_segment=256,
     )
@@ -335,20 +338,23 @@ def _decode_shape(records: RecordSpec, group: int, queries: int, device: DeviceF
 _DECODE_PROGRAMS_PER_SM = 16
 
 
-def _prefill_shape(records: RecordSpec, group: int, device: DeviceFacts) -> _AttentionShape:
-    del device
-    rows = max(64, _power_of_two(group, least=16))
-    wide = max(records.k.padded_dim * records.k.code_bytes, records.v.padded_dim * records.v.code_bytes)
+def _prefill_shape(records: RecordSpec, group: int, rows: int) -> _AttentionShape:
     return _AttentionShape(
         rows=rows,
         row_blocks=1,
         queries=rows // group,
-        tile=64 if wide <= 256 else 32,
+        tile=_tile(records),
         num_warps=4 if max(records.k.padded_dim, records.v.padded_dim) <= 256 else 8,
         num_stages=2,
         target_segments=1,
         min_segment=0,
     )
+
+
+def _tile(records: RecordSpec) -> int:
+    """Keys a step: 32 KiB of K and V, at most 64 keys, at least the 16 that a dot takes."""
+    key_bytes = sum(side.padded_dim * side.code_bytes for side in (records.k, records.v))
+    return max(16, min(64, 2**15 // key_bytes))
 
 
 def _plan_decode(
@@ -408,8 +414,11 @@ def _attention_outputs(q: ArraySpec, head_dim_v: int) -> tuple[Output, Output]:
     return Output((*q.shape[:2], head_dim_v), q.dtype), Output(q.shape[:2], "float32")
 
 
-def _records(layout: CacheLayout, pages: ArraySpec, device: DeviceFacts) -> RecordSpec:
-    return record_spec(layout, pages.shape[1], pages.strides[0], device.caps)
+def _records(layout: CacheLayout, pages: ArraySpec, device: DeviceFacts, least_dim: int = 16) -> RecordSpec:
+    num_heads = pages.shape[1]
+    # The stride of an axis of length 1 says nothing, and differs between frameworks.
+    page_stride = pages.strides[0] if pages.shape[0] > 1 else num_heads * layout.record_bytes
+    return record_spec(layout, num_heads, page_stride, device.caps, least_dim)
 
 
 def _stride_align(x: ArraySpec) -> int:

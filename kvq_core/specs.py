@@ -18,7 +18,7 @@ class SideSpec:
 
     mode: str
     head_dim: int
-    padded_dim: int  # the power of two, from 16, that holds head_dim: Triton tensors have no other sizes
+    padded_dim: int  # a power of two, at least 16, that holds head_dim: Triton tensors have no other sizes
     code_bytes: int
     codes: int  # offset of the codes in the record
     row_bytes: int
@@ -75,6 +75,7 @@ class AttentionSpec:
     k_operand: str  # dtype of the operands of q k^T: "float16", "bfloat16" or "float32"
     v_operand: str
     fold_v_scales: bool  # V row scales enter the softmax as exponents; else they multiply the probabilities
+    v_parts: int  # dots that V is multiplied in: 1 or 4
     p_shift: float  # probabilities are held times 2**p_shift, so that float16 does not underflow
     normalize_q: bool  # divide q rows by a power of two near their absmax (bfloat16 q in float16 operands)
     sm_scale: float
@@ -88,12 +89,12 @@ class AttentionSpec:
     min_segment: int  # decode: keys of the shortest segment worth a program
 
 
-def side_spec(mode: KVQuantMode, head_dim: int, codes: int, scales: int) -> SideSpec:
+def side_spec(mode: KVQuantMode, head_dim: int, codes: int, scales: int, least_dim: int) -> SideSpec:
     """The specification of K or V rows of ``head_dim`` elements in ``mode``."""
     return SideSpec(
         mode=mode.value,
         head_dim=head_dim,
-        padded_dim=max(16, 1 << (head_dim - 1).bit_length()),
+        padded_dim=max(least_dim, 1 << (head_dim - 1).bit_length()),
         code_bytes=mode.bits // 8,
         codes=codes,
         row_bytes=head_dim * mode.bits // 8,
@@ -103,13 +104,13 @@ def side_spec(mode: KVQuantMode, head_dim: int, codes: int, scales: int) -> Side
     )
 
 
-def record_spec(layout: CacheLayout, num_kv_heads: int, page_stride: int, caps: str) -> RecordSpec:
+def record_spec(layout: CacheLayout, num_kv_heads: int, page_stride: int, caps: str, least_dim: int = 16) -> RecordSpec:
     """The specification of a pool of ``layout`` with ``num_kv_heads`` local heads and ``page_stride`` bytes a page."""
     fields = layout.fields
 
     def side(name: str, mode: KVQuantMode, head_dim: int) -> SideSpec:
         scales = fields[f"{name}_scales"].offset if mode.is_per_token_head else 0
-        return side_spec(mode, head_dim, fields[f"{name}_codes"].offset, scales)
+        return side_spec(mode, head_dim, fields[f"{name}_codes"].offset, scales, least_dim)
 
     return RecordSpec(
         page_size=layout.page_size,

@@ -51,6 +51,9 @@ def append_kv(
 ):
     """Write S.rows rows, a row being one token of one KV head. Semantics: `kvq_core.reference.append_kv`."""
     R: tl.constexpr = S.records
+    K: tl.constexpr = R.k
+    V: tl.constexpr = R.v
+    CAPS: tl.constexpr = R.caps
     row = tl.program_id(0).to(tl.int64) * S.rows + tl.arange(0, S.rows)
     token = row // R.num_kv_heads
     head = row % R.num_kv_heads
@@ -64,8 +67,8 @@ def append_kv(
     offset = slot % R.page_size
     k_row = token * (k_stride_token.to(tl.int64) * S.k_align) + head * (k_stride_head.to(tl.int64) * S.k_align)
     v_row = token * (v_stride_token.to(tl.int64) * S.v_align) + head * (v_stride_head.to(tl.int64) * S.v_align)
-    _append_side(k_ptr, k_row, k_scale_ptr, pages_out_ptr, records, offset, writes, R.k, R.caps)
-    _append_side(v_ptr, v_row, v_scale_ptr, pages_out_ptr, records, offset, writes, R.v, R.caps)
+    _append_side(k_ptr, k_row, k_scale_ptr, pages_out_ptr, records, offset, writes, K, CAPS)
+    _append_side(v_ptr, v_row, v_scale_ptr, pages_out_ptr, records, offset, writes, V, CAPS)
 
 
 @triton.jit
@@ -81,10 +84,11 @@ def _written_by_later_token(slot_mapping_ptr, token, slot, num_tokens, SCAN: tl.
 def _append_side(
     x_ptr, x_row, tensor_scale_ptr, pages_ptr, records, offset, writes, SIDE: tl.constexpr, CAPS: tl.constexpr
 ):
+    MODE: tl.constexpr = SIDE.mode
     d = tl.arange(0, SIDE.padded_dim)
     mask = writes[:, None] & (d < SIDE.head_dim)[None, :]
     x = tl.load(x_ptr + x_row[:, None] + d[None, :], mask=mask, other=0.0)
-    codes, row_scales = encode_rows(x, tensor_scale_ptr, SIDE.mode, CAPS)
+    codes, row_scales = encode_rows(x, tensor_scale_ptr, MODE, CAPS)
     element = tl.multiple_of(row_offsets(records, offset, SIDE) // SIDE.code_bytes, 16 // SIDE.code_bytes)
     tl.store(bits_ptr(pages_ptr, SIDE.code_bytes) + element[:, None] + d[None, :], codes, mask=mask)
     if SIDE.per_token_head:

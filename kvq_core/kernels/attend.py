@@ -5,16 +5,17 @@ row scale enters the softmax as an exponent: ``w = 2^(s + log2(v_scale) - m)``, 
 exponent, multiplies the codes of V and stays within [0, 1] whatever the size of V; ``w / v_scale`` is what the
 denominator adds up. Scores are in units of log2, and probabilities are held times ``2^S.p_shift``.
 
-V of 8 bits is read as words of four neighbouring codes and multiplied in four dots, one for each byte of the word: a
-dot operand of single bytes whose contraction axis is not contiguous is read from shared memory byte by byte. Wider V
-takes the same four dots on the four quarters of a row.
+V goes through one dot or (``S.v_parts``) four. Few rows take operands from registers, and there a dot operand of
+single bytes whose contraction axis is not contiguous would be read from shared memory byte by byte. So V of 8 bits is
+read as words of four neighbouring codes, and each byte of the words gets a dot of its own; wider V takes the same four
+dots on the four quarters of a row. Many rows take V from shared memory after it was converted: one dot.
 """
 
 import triton
 import triton.language as tl
 
 from kvq_core.kernels.codec import decode_bytes, decode_words
-from kvq_core.kernels.pages import bits_ptr, load_page_ids, record_offsets, row_offsets, scale_ptrs, typed_ptr
+from kvq_core.kernels.pages import load_page_ids, record_offsets, row_offsets, scale_ptrs, typed_ptr
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Scales from here down (a slot never written has 0) count as this one, so that logarithm and quotient stay finite.
@@ -43,7 +44,7 @@ def load_queries(
     slope = tl.zeros_like(row_scale)
     if S.has_alibi:
         slope = tl.load(alibi_slopes_ptr + q_head, mask=valid, other=0.0) * LOG2E
-    return to_operand(q, S.k_operand), row_scale, slope, q_pos
+    return to_k_operand(q, S), row_scale, slope, q_pos
 
 
 @triton.jit
@@ -57,7 +58,21 @@ def _normalize(q):
 
 
 @triton.jit
-def to_operand(x, DTYPE: tl.constexpr):
+def to_k_operand(x, S: tl.constexpr):
+    """x as an operand of q k^T."""
+    DTYPE: tl.constexpr = S.k_operand
+    return _cast(x, DTYPE)
+
+
+@triton.jit
+def to_v_operand(x, S: tl.constexpr):
+    """x as an operand of p v."""
+    DTYPE: tl.constexpr = S.v_operand
+    return _cast(x, DTYPE)
+
+
+@triton.jit
+def _cast(x, DTYPE: tl.constexpr):
     if DTYPE == "float16":
         operand = x.to(tl.float16)
     elif DTYPE == "bfloat16":
@@ -71,14 +86,18 @@ def to_operand(x, DTYPE: tl.constexpr):
 def attend_keys(query, overflow, pool, start, end, all_visible_end, v_scale_ptr, S: tl.constexpr):
     """Attend to keys ``start`` to ``end``; those before ``all_visible_end`` are seen by every row.
 
-    Returns the normalized output as four parts (see `part_columns`), and the log2 of the sum of exponentials. Rows in
+    Returns the normalized output as S.v_parts parts (see `part_columns`), and the log2 of the sum of exponentials. Rows in
     ``overflow`` can see a key that the page table has no column for: they get NaN.
     """
     m = tl.full([S.rows], float("-inf"), tl.float32)
     l = tl.where(overflow, float("nan"), 0.0)
-    acc = tl.full([S.rows, quarter_width(S)], 0.0, tl.float32)
+    part = tl.full([S.rows, part_width(S)], 0.0, tl.float32)
+    if S.v_parts == 1:
+        acc = (part,)
+    else:
+        acc = (part, part, part, part)
     poison = tl.full([S.tile], 0.0, tl.float32)
-    state = (m, l, acc, acc, acc, acc, poison)
+    state = (m, l, acc, poison)
     masked_start = start
     if S.window == 0:
         masked_start = start + tl.maximum(tl.minimum(end, all_visible_end) - start, 0) // S.tile * S.tile
@@ -90,16 +109,17 @@ def attend_keys(query, overflow, pool, start, end, all_visible_end, v_scale_ptr,
 
 
 @triton.constexpr_function
-def quarter_width(S):
-    """Columns of a part of V: a quarter of a row, at least the 16 that a dot takes."""
-    return max(16, S.records.v.padded_dim // 4)
+def part_width(S):
+    """Columns of the tensor that holds a part of a V row, at least the 16 that a dot takes."""
+    return max(16, S.records.v.padded_dim // S.v_parts)
 
 
 @triton.jit
 def attend_tile(state, query, pool, first, end, MASKED: tl.constexpr, S: tl.constexpr):
     """One step of the online softmax, over S.tile keys from ``first``. With MASKED, not every row sees every key."""
     R: tl.constexpr = S.records
-    m, l, acc0, acc1, acc2, acc3, poison = state
+    V: tl.constexpr = R.v
+    m, l, acc, poison = state
     pages_ptr, table_ptr, head, num_pages, max_pages = pool
     token = first + tl.arange(0, S.tile)
     page, offset, in_pool = load_page_ids(table_ptr, first, num_pages, max_pages, MASKED, S.tile, R)
@@ -108,7 +128,7 @@ def attend_tile(state, query, pool, first, end, MASKED: tl.constexpr, S: tl.cons
     exists = token < end
     exponent = tl.where(in_pool, 0.0, float("nan"))
     if R.v.per_token_head:
-        v_scale = _load_scales(pages_ptr, records, offset, exists, MASKED, R.v)
+        v_scale = _load_scales(pages_ptr, records, offset, exists, MASKED, V)
         known = tl.maximum(tl.where(v_scale == v_scale, v_scale, 1.0), MIN_SCALE)
         if S.fold_v_scales:
             exponent += tl.log2(known)
@@ -133,32 +153,51 @@ def attend_tile(state, query, pool, first, end, MASKED: tl.constexpr, S: tl.cons
         else:
             poison += tl.where(v_scale == v_scale, 0.0, float("nan"))
     l = l * alpha + tl.sum(w, axis=1)
-    p = to_operand(p, S.v_operand)
-    v0, v1, v2, v3 = _load_v(pages_ptr, records, offset, exists, MASKED, S)
-    acc0 = _accumulate(acc0 * alpha[:, None], p, v0, visible, MASKED, S)
-    acc1 = _accumulate(acc1 * alpha[:, None], p, v1, visible, MASKED, S)
-    acc2 = _accumulate(acc2 * alpha[:, None], p, v2, visible, MASKED, S)
-    acc3 = _accumulate(acc3 * alpha[:, None], p, v3, visible, MASKED, S)
-    return m_new, l, acc0, acc1, acc2, acc3, poison
+    p = to_v_operand(p, S)
+    v = _load_v(pages_ptr, records, offset, exists, MASKED, S)
+    acc = scale_parts(acc, alpha, S)
+    if S.v_parts == 1:
+        acc = (_accumulate(acc[0], p, v[0], visible, MASKED, S),)
+    else:
+        acc = (
+            _accumulate(acc[0], p, v[0], visible, MASKED, S),
+            _accumulate(acc[1], p, v[1], visible, MASKED, S),
+            _accumulate(acc[2], p, v[2], visible, MASKED, S),
+            _accumulate(acc[3], p, v[3], visible, MASKED, S),
+        )
+    return m_new, l, acc, poison
+
+
+@triton.jit
+def scale_parts(parts, factor, S: tl.constexpr):
+    """Multiply the rows of all parts by ``factor`` [rows]."""
+    f = factor[:, None]
+    if S.v_parts == 1:
+        scaled = (parts[0] * f,)
+    else:
+        scaled = (parts[0] * f, parts[1] * f, parts[2] * f, parts[3] * f)
+    return scaled
 
 
 @triton.jit
 def _scores(query, pages_ptr, records, offset, token, S: tl.constexpr):
     """Scores [rows, tile] in units of log2, before the mask."""
-    R: tl.constexpr = S.records
+    K: tl.constexpr = S.records.k
+    MODE: tl.constexpr = K.mode
+    CAPS: tl.constexpr = S.records.caps
     q, row_scale, slope, q_pos = query
-    d = tl.arange(0, R.k.padded_dim)
-    element = tl.multiple_of(row_offsets(records, offset, R.k) // R.k.code_bytes, 16 // R.k.code_bytes)
+    d = tl.arange(0, K.padded_dim)
+    element = tl.multiple_of(row_offsets(records, offset, K) // K.code_bytes, 16 // K.code_bytes)
     elements = element[None, :] + d[:, None]
-    if R.k.code_bytes == 1:
-        codes = _load_rows(pages_ptr + elements, (d < R.k.head_dim)[:, None], R.k.padded_dim != R.k.head_dim)
-        k = decode_bytes(codes, R.k.mode, R.caps)
+    if K.code_bytes == 1:
+        codes = _load_rows(pages_ptr + elements, (d < K.head_dim)[:, None], K.padded_dim != K.head_dim)
+        k = decode_bytes(codes, MODE, CAPS)
     else:
-        ptr = typed_ptr(pages_ptr, R.k.mode)
-        k = _load_rows(ptr + elements, (d < R.k.head_dim)[:, None], R.k.padded_dim != R.k.head_dim)
-    x = tl.dot(q, to_operand(k, S.k_operand), input_precision="ieee") * row_scale[:, None]
-    if R.k.per_token_head:
-        x = x * tl.load(scale_ptrs(pages_ptr, records, offset, R.k))[None, :]
+        ptrs = typed_ptr(pages_ptr, MODE) + elements
+        k = _load_rows(ptrs, (d < K.head_dim)[:, None], K.padded_dim != K.head_dim)
+    x = tl.dot(q, to_k_operand(k, S), input_precision="ieee") * row_scale[:, None]
+    if K.per_token_head:
+        x = x * tl.load(scale_ptrs(pages_ptr, records, offset, K))[None, :]
     if S.softcap > 0:
         x = S.softcap * LOG2E * _tanh(x * (1.0 / (S.softcap * LOG2E)))
     if S.has_alibi:
@@ -209,26 +248,38 @@ def _visible(query, token, exists, S: tl.constexpr):
 
 @triton.jit
 def _load_v(pages_ptr, records, offset, exists, MASKED: tl.constexpr, S: tl.constexpr):
-    """The four parts of the V rows [tile, quarter] as dot operands; zeros for keys that do not exist."""
+    """The parts of the V rows [tile, part_width] as dot operands; zeros for keys that do not exist."""
     V: tl.constexpr = S.records.v
-    QUARTER: tl.constexpr = V.head_dim // 4
-    c = tl.arange(0, quarter_width(S))
-    mask = (c < QUARTER)[None, :]
+    MODE: tl.constexpr = V.mode
+    CAPS: tl.constexpr = S.records.caps
+    PART: tl.constexpr = V.head_dim // S.v_parts
+    c = tl.arange(0, part_width(S))
+    mask = (c < PART)[None, :]
     if MASKED:
         mask = mask & exists[:, None]
-    PARTIAL: tl.constexpr = MASKED or quarter_width(S) != QUARTER
-    if V.code_bytes == 1:
+    PARTIAL: tl.constexpr = MASKED or part_width(S) != PART
+    element = tl.multiple_of(row_offsets(records, offset, V) // V.code_bytes, 16 // V.code_bytes)
+    if V.code_bytes == 1 and S.v_parts == 1:
+        v = decode_bytes(_load_rows(pages_ptr + element[:, None] + c[None, :], mask, PARTIAL), MODE, CAPS)
+        parts = (to_v_operand(v, S),)
+    elif V.code_bytes == 1:
         word = tl.multiple_of(row_offsets(records, offset, V) // 4, 4)
-        words_ptr = bits_ptr(pages_ptr, 4).to(tl.pointer_type(tl.int32), bitcast=True)
-        v0, v1, v2, v3 = decode_words(_load_rows(words_ptr + word[:, None] + c[None, :], mask, PARTIAL), V.mode, S.records.caps)
+        words_ptr = pages_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+        words = _load_rows(words_ptr + word[:, None] + c[None, :], mask, PARTIAL)
+        v0, v1, v2, v3 = decode_words(words, MODE, CAPS)
+        parts = (to_v_operand(v0, S), to_v_operand(v1, S), to_v_operand(v2, S), to_v_operand(v3, S))
+    elif S.v_parts == 1:
+        v = _load_rows(typed_ptr(pages_ptr, MODE) + element[:, None] + c[None, :], mask, PARTIAL)
+        parts = (to_v_operand(v, S),)
     else:
-        element = tl.multiple_of(row_offsets(records, offset, V) // V.code_bytes, 16 // V.code_bytes)
-        ptrs = typed_ptr(pages_ptr, V.mode) + element[:, None] + c[None, :]
-        v0 = _load_rows(ptrs, mask, PARTIAL)
-        v1 = _load_rows(ptrs + QUARTER, mask, PARTIAL)
-        v2 = _load_rows(ptrs + 2 * QUARTER, mask, PARTIAL)
-        v3 = _load_rows(ptrs + 3 * QUARTER, mask, PARTIAL)
-    return to_operand(v0, S.v_operand), to_operand(v1, S.v_operand), to_operand(v2, S.v_operand), to_operand(v3, S.v_operand)
+        ptrs = typed_ptr(pages_ptr, MODE) + element[:, None] + c[None, :]
+        parts = (
+            to_v_operand(_load_rows(ptrs, mask, PARTIAL), S),
+            to_v_operand(_load_rows(ptrs + PART, mask, PARTIAL), S),
+            to_v_operand(_load_rows(ptrs + 2 * PART, mask, PARTIAL), S),
+            to_v_operand(_load_rows(ptrs + 3 * PART, mask, PARTIAL), S),
+        )
+    return parts
 
 
 @triton.jit
@@ -236,7 +287,7 @@ def _accumulate(acc, p, v, visible, MASKED: tl.constexpr, S: tl.constexpr):
     """acc + p v. Where rows differ in what they see, an infinity or NaN of V reaches only the rows that see it."""
     if MASKED and S.queries > 1 and not S.records.v.per_token_head:
         wild = (v - v) != 0.0
-        seen = tl.dot(to_operand(visible, S.v_operand), to_operand(wild, S.v_operand), input_precision="ieee")
+        seen = tl.dot(to_v_operand(visible, S), to_v_operand(wild, S), input_precision="ieee")
         acc = tl.dot(p, tl.where(wild, tl.zeros_like(v), v), acc, input_precision="ieee")
         acc = tl.where(seen > 0.0, float("nan"), acc)
     else:
@@ -246,33 +297,33 @@ def _accumulate(acc, p, v, visible, MASKED: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def _finish(state, v_scale_ptr, S: tl.constexpr):
-    m, l, acc0, acc1, acc2, acc3, poison = state
+    m, l, acc, poison = state
     factor = tl.where(l == 0.0, 0.0, 1.0 / l)
     if S.records.v.per_tensor:
         factor *= tl.load(v_scale_ptr)
     if S.records.v.per_token_head:
         factor += tl.sum(poison, axis=0)
     lse = tl.where(l == 0.0, float("-inf"), m + tl.log2(l) - S.p_shift)
-    f = factor[:, None]
-    return (acc0 * f, acc1 * f, acc2 * f, acc3 * f), lse
+    return scale_parts(acc, factor, S), lse
 
 
 @triton.jit
 def part_columns(PART: tl.constexpr, S: tl.constexpr):
     """Columns of the output that part PART holds, and which of them exist."""
     V: tl.constexpr = S.records.v
-    c = tl.arange(0, quarter_width(S))
+    c = tl.arange(0, part_width(S))
     if V.code_bytes == 1:
-        columns = 4 * c + PART
+        columns = S.v_parts * c + PART
     else:
-        columns = c + PART * (V.head_dim // 4)
-    return columns, c < V.head_dim // 4
+        columns = c + PART * (V.head_dim // S.v_parts)
+    return columns, c < V.head_dim // S.v_parts
 
 
 @triton.jit
 def store_parts(out_ptr, row, stored, parts, S: tl.constexpr):
-    """Store rows of output [.., head_dim_v] held in four parts."""
-    for PART in tl.static_range(4):
+    """Store rows of output [.., head_dim_v] held in parts."""
+    PARTS: tl.constexpr = S.v_parts
+    for PART in tl.static_range(PARTS):
         columns, exist = part_columns(PART, S)
         ptrs = out_ptr + row[:, None] * S.records.v.head_dim + columns[None, :]
         tl.store(ptrs, parts[PART].to(out_ptr.dtype.element_ty), mask=stored[:, None] & exist[None, :])

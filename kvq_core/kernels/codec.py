@@ -55,6 +55,7 @@ def encode_per_tensor(x, inv, MODE: tl.constexpr, CAPS: tl.constexpr):
     NAN_CODE: tl.constexpr = 0x7F if MODE == "fp8_e4m3" else 0x7E
     finite = (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
     y = tl.where(finite, x, 0.0) * inv
+    finite = finite & (y == y)  # a scale that has no finite reciprocal
     y = tl.minimum(tl.maximum(y, -QMAX), QMAX)
     codes = encode_float8(y, "e4m3" if MODE == "fp8_e4m3" else "e5m2", CAPS)
     return tl.where(finite, codes, tl.full(codes.shape, NAN_CODE, tl.uint8))

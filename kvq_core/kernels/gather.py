@@ -22,6 +22,8 @@ def gather_kv(
 ):
     """Dequantize S.tile tokens of one sequence and KV head. Semantics: `kvq_core.reference.gather_kv`."""
     R: tl.constexpr = S.records
+    K: tl.constexpr = R.k
+    V: tl.constexpr = R.v
     capacity = max_pages * R.page_size
     tiles = tl.cdiv(capacity, S.tile)
     pid = tl.program_id(0)
@@ -34,8 +36,8 @@ def gather_kv(
     records = record_offsets(page, head, R)
     out_row = (seq * capacity + token) * R.num_kv_heads + head
     exists = token < capacity
-    _gather_side(pages_ptr, k_scale_ptr, k_ptr, records, offset, out_row, filled, in_pool, exists, R.k, R.caps, S.dtype)
-    _gather_side(pages_ptr, v_scale_ptr, v_ptr, records, offset, out_row, filled, in_pool, exists, R.v, R.caps, S.dtype)
+    _gather_side(pages_ptr, k_scale_ptr, k_ptr, records, offset, out_row, filled, in_pool, exists, K, S)
+    _gather_side(pages_ptr, v_scale_ptr, v_ptr, records, offset, out_row, filled, in_pool, exists, V, S)
 
 
 @triton.jit
@@ -50,9 +52,10 @@ def _gather_side(
     in_pool,
     exists,
     SIDE: tl.constexpr,
-    CAPS: tl.constexpr,
-    DTYPE: tl.constexpr,
+    S: tl.constexpr,
 ):
+    MODE: tl.constexpr = SIDE.mode
+    CAPS: tl.constexpr = S.records.caps
     d = tl.arange(0, SIDE.padded_dim)
     in_row = (d < SIDE.head_dim)[None, :]
     reads = filled & in_pool & exists
@@ -60,21 +63,21 @@ def _gather_side(
     elements = element[:, None] + d[None, :]
     if SIDE.code_bytes == 1:
         codes = tl.load(pages_ptr + elements, mask=reads[:, None] & in_row, other=0)
-        x = decode_bytes(codes, SIDE.mode, CAPS).to(tl.float32)
+        x = decode_bytes(codes, MODE, CAPS).to(tl.float32)
     else:
-        x = tl.load(typed_ptr(pages_ptr, SIDE.mode) + elements, mask=reads[:, None] & in_row, other=0.0).to(tl.float32)
+        x = tl.load(typed_ptr(pages_ptr, MODE) + elements, mask=reads[:, None] & in_row, other=0.0).to(tl.float32)
     if SIDE.per_token_head:
         x = x * tl.load(scale_ptrs(pages_ptr, records, offset, SIDE), mask=reads, other=1.0)[:, None]
     if SIDE.per_tensor:
         x = x * tl.load(tensor_scale_ptr)
     x = tl.where((filled & ~in_pool)[:, None], float("nan"), x)
-    if DTYPE == "float32":
+    if S.dtype == "float32":
         bits = float32_bits(x)
-    elif DTYPE == "bfloat16":
+    elif S.dtype == "bfloat16":
         bits = bfloat16_bits(x)
     else:
         bits = float16_bits(x)
-    out = bits_ptr(out_ptr, 4 if DTYPE == "float32" else 2) + out_row[:, None] * SIDE.head_dim + d[None, :]
+    out = bits_ptr(out_ptr, 4 if S.dtype == "float32" else 2) + out_row[:, None] * SIDE.head_dim + d[None, :]
     tl.store(out, bits, mask=exists[:, None] & in_row)
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kvq_core.kernels.attend import LOG2E, attend_keys, load_queries, store_parts
+from kvq_core.kernels.attend import LOG2E, attend_keys, load_queries, scale_parts, store_parts
 from kvq_core.kernels.decode import LN2, add_sink
 from kvq_core.kernels.segments import find_query_tile
 
@@ -59,12 +59,10 @@ def attend_queries(
         last_visible = q_pos if S.causal else tl.zeros_like(q_pos) + (seq_len - 1)
         pool = (pages_ptr, page_table_ptr + seq.to(tl.int64) * max_pages, head, num_pages, max_pages)
         out, lse = attend_keys(query, last_visible >= capacity, pool, start, end, all_visible_end, v_scale_ptr, S)
-        out0, out1, out2, out3 = out
         if S.has_sinks:
             sink = tl.load(sinks_ptr + q_head, mask=valid & ~is_padding, other=float("-inf")) * LOG2E
             share, lse = add_sink(lse, sink)
-            share = share[:, None]
-            out0, out1, out2, out3 = out0 * share, out1 * share, out2 * share, out3 * share
+            out = scale_parts(out, share, S)
         out_row = token.to(tl.int64) * S.num_q_heads + q_head
-        store_parts(out_ptr, out_row, valid, (out0, out1, out2, out3), S)
+        store_parts(out_ptr, out_row, valid, out, S)
         tl.store(lse_ptr + out_row, lse * LN2, mask=valid)

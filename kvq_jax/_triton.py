@@ -1,0 +1,164 @@
+"""The ops through the Triton kernels of `kvq_core.kernels`: executes launch plans, decides nothing.
+
+On a GPU a plan runs through jax-triton. On a CPU, with ``TRITON_INTERPRET=1``, the same kernel runs through the Triton
+interpreter inside a callback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvq_core.plan import (
+    DeviceFacts,
+    LaunchPlan,
+    plan_append_kv,
+    plan_copy_pages,
+    plan_gather_kv,
+    plan_paged_attention,
+)
+from kvq_jax._interop import array_spec, device_facts, optional_spec, vary_like
+from kvq_jax.cache import KVCache
+
+
+class _Scalar(int):
+    """An integer argument of a kernel that is equal to no plain integer.
+
+    jax-triton folds a scalar that ``== 1`` into the program as a constant, which would compile the kernel once more and
+    make its PTX differ from PyTorch's, where these scalars are never specialised.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is _Scalar and int(self) == int(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = int.__hash__
+
+
+def append_kv(cache: KVCache, k: jax.Array, v: jax.Array, slot_mapping: jax.Array) -> jax.Array:
+    """Return the pages with the tokens written to their slots; in place if the pages are donated."""
+    device = device_facts(cache.pages)
+    specs = (array_spec(x) for x in (cache.pages, k, v, slot_mapping))
+    plan = plan_append_kv(cache.layout, *specs, device)
+    if plan is None:
+        return cache.pages
+    # Without a claim the kernel does not read the winners, and any array of their dtype will do.
+    winners = slot_mapping if plan.claim is None else _launch(plan.claim, device, slot_mapping)[0]
+    return _launch(plan.append, device, k, v, slot_mapping, winners, cache.k_scale, cache.v_scale, cache.pages)[0]
+
+
+def gather_kv(cache: KVCache, page_table: jax.Array, seq_lens: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
+    """Return K and V of the sequences as dense arrays."""
+    layout, device = cache.layout, device_facts(cache.pages)
+    specs = (array_spec(x) for x in (cache.pages, page_table, seq_lens))
+    plan = plan_gather_kv(layout, *specs, dtype, device)
+    if plan is None:
+        (num_seqs, max_pages), num_kv_heads = page_table.shape, cache.pages.shape[1]
+        shape = (num_seqs, max_pages * layout.page_size, num_kv_heads)
+        return jnp.zeros((*shape, layout.head_dim), dtype), jnp.zeros((*shape, layout.head_dim_v or 0), dtype)
+    k, v = _launch(plan, device, cache.pages, cache.k_scale, cache.v_scale, page_table, seq_lens)
+    return k, v
+
+
+def copy_pages(pages: jax.Array, src: jax.Array, dst: jax.Array) -> jax.Array:
+    """Return the pages with page ``src[i]`` copied to page ``dst[i]``; in place if the pages are donated."""
+    device = device_facts(pages)
+    plan = plan_copy_pages(array_spec(pages), array_spec(src), array_spec(dst), device)
+    return pages if plan is None else _launch(plan, device, src, dst, pages)[0]
+
+
+def paged_attention(
+    q: jax.Array,
+    cache: KVCache,
+    page_table: jax.Array,
+    seq_lens: jax.Array,
+    *,
+    cu_seqlens_q: jax.Array | None,
+    sinks: jax.Array | None,
+    alibi_slopes: jax.Array | None,
+    **numbers: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Return values in q's dtype ``[num_q_tokens, num_q_heads, head_dim_v]`` and log-sum-exp, float32."""
+    layout, pages, device = cache.layout, cache.pages, device_facts(cache.pages)
+    optional = {"cu_seqlens_q": cu_seqlens_q, "sinks": sinks, "alibi_slopes": alibi_slopes}
+    plan = plan_paged_attention(
+        layout,
+        *(array_spec(x) for x in (q, pages, page_table, seq_lens)),
+        **{name: optional_spec(x) for name, x in optional.items()},
+        **numbers,
+        device=device,
+    )
+    if plan is None:
+        out = jnp.zeros((*q.shape[:2], layout.head_dim_v or 0), q.dtype)
+        return out, jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
+    # A kernel has a pointer for every argument; where there is none it is not read, and any array will do.
+    cu_seqlens_q = seq_lens if cu_seqlens_q is None else cu_seqlens_q
+    sinks = cache.k_scale if sinks is None else sinks
+    slopes = cache.k_scale if alibi_slopes is None else alibi_slopes
+    scales = (cache.k_scale, cache.v_scale)
+    results = _launch(plan.attend, device, q, pages, *scales, sinks, slopes, page_table, seq_lens, cu_seqlens_q)
+    if plan.merge is not None:
+        results = _launch(plan.merge, device, *results, sinks, seq_lens, cu_seqlens_q)
+    out, lse = results
+    return out, lse
+
+
+def _launch(plan: LaunchPlan, device: DeviceFacts, *inputs: jax.Array) -> list[jax.Array]:
+    """Run ``plan`` on ``inputs`` and return its outputs."""
+    call = _call_interpreter if device.backend == "interpreter" else _call_triton
+    return vary_like(call(plan, device, inputs), *inputs)
+
+
+def _call_triton(plan: LaunchPlan, device: DeviceFacts, inputs: tuple[jax.Array, ...]) -> list[jax.Array]:
+    from kvq_core import kernels
+
+    return _jax_triton().triton_call(
+        *inputs,
+        *map(_Scalar, plan.scalars),
+        kernel=getattr(kernels, plan.kernel),
+        out_shape=_out_shape(plan),
+        grid=plan.grid,
+        name=plan.kernel,
+        num_warps=plan.num_warps,
+        num_stages=plan.num_stages,
+        enable_fp_fusion=plan.enable_fp_fusion,
+        compute_capability=device.arch if device.backend == "cuda" else None,
+        input_output_aliases={output.alias: i for i, output in enumerate(plan.outputs) if output.alias is not None},
+        **dict(plan.constexprs),
+    )
+
+
+def _call_interpreter(plan: LaunchPlan, device: DeviceFacts, inputs: tuple[jax.Array, ...]) -> list[jax.Array]:
+    from kvq_core.kernels import interpret
+
+    def run(*arrays: jax.Array) -> list[np.ndarray]:
+        return interpret.run(plan, [np.asarray(x) for x in arrays])
+
+    return jax.pure_callback(run, _out_shape(plan), *inputs)
+
+
+def _out_shape(plan: LaunchPlan) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(output.shape, jnp.dtype(output.dtype)) for output in plan.outputs]
+
+
+def _jax_triton() -> ModuleType:
+    """jax_triton, imported at the first launch.
+
+    The import sets ``TRITON_CACHE_DIR`` to "", after which PyTorch can compile no Triton kernel any more.
+    """
+    before = os.environ.get("TRITON_CACHE_DIR")
+    try:
+        return importlib.import_module("jax_triton")
+    finally:
+        if before is None:
+            os.environ.pop("TRITON_CACHE_DIR", None)
+        else:
+            os.environ["TRITON_CACHE_DIR"] = before

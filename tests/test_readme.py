@@ -1,0 +1,50 @@
+"""The README is executed and its figures are recomputed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from kvq_core import CacheLayout
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+CODE_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+FIELDS = ("k_codes", "v_codes", "k_scales", "v_scales")
+
+
+def table_rows(first_cell: str) -> list[list[str]]:
+    """Cells of the table rows whose first cell starts with ``first_cell``."""
+    rows = re.findall(rf"^\| ({first_cell}.*) \|$", README, flags=re.MULTILINE)
+    return [[cell.strip() for cell in row.split("|")] for row in rows]
+
+
+def test_torch_and_jax_examples_run_and_print_the_same_digest(capsys):
+    names = [{}, {}]
+    for code, namespace in zip(CODE_BLOCKS, names, strict=False):
+        exec(code, namespace)
+    assert [tuple(namespace["out"].shape) for namespace in names] == [(1, 32, 128)] * 2
+    torch_digest, jax_digest = capsys.readouterr().out.split()
+    assert torch_digest == jax_digest
+
+
+def test_literal_bytes_of_the_byte_format_hold():
+    exec(CODE_BLOCKS[2], {})
+
+
+@pytest.mark.parametrize("cells", table_rows("`kvq1-"), ids=lambda cells: cells[0].strip("`"))
+def test_offsets_of_the_byte_format_are_those_of_the_layout(cells):
+    layout = CacheLayout.from_fingerprint(cells[0].strip("`"))
+    offsets = [str(layout.fields[name].offset) if name in layout.fields else "-" for name in FIELDS]
+    assert cells[1:] == [*offsets, str(layout.record_bytes)]
+
+
+def test_bytes_per_token_of_the_first_table_are_those_of_the_layout():
+    rows = [row for row in table_rows("`") if row[-1].endswith("%")]
+    assert rows
+    for modes, bytes_per_token, share, *_ in rows:
+        for mode in re.findall(r"`([^`]+)`", modes):
+            layout = CacheLayout(mode, page_size=16, num_kv_heads=8, head_dim=128)
+            assert layout.bytes_per_token == float(bytes_per_token)
+            assert f"{layout.bytes_per_token / 4096:.1%}" == share
