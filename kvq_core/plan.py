@@ -266,19 +266,19 @@ def plan_paged_attention(
         normalize_q=operands.k == "float16" and q.dtype == "bfloat16",
         sm_scale=float(layout.head_dim**-0.5 if sm_scale is None else sm_scale),
         causal=bool(causal),
-        window=window or 0,
+        window=min(window or 0, _FAR),
         softcap=float(softcap or 0.0),
         has_sinks=sinks is not None,
         has_alibi=alibi_slopes is not None,
         has_cu_seqlens=cu_seqlens_q is not None,
-        target_segments=shape.target_segments,
-        min_segment=shape.min_segment,
+        programs=shape.programs,
     )
     if is_decode:
         return _plan_decode(spec, q, page_table, pages, shape)
     return _plan_prefill(spec, q, page_table, pages, shape)
 
 
+_FAR = 2**30  # a window that hides nothing, and still an int32 when added to a position
 _DECODE_ROWS = 64  # more query rows a KV head than this take the prefill kernel
 # From so many rows Hopper's dots take their right operand from shared memory. Narrow ones (less than 128 bytes) are
 # miscompiled by Triton 3.6: it computes negative shared-memory offsets.
@@ -297,8 +297,7 @@ class _AttentionShape(NamedTuple):
     tile: int
     num_warps: int
     num_stages: int
-    target_segments: int
-    min_segment: int
+    programs: int
 
 
 def _operands(layout: CacheLayout, q_dtype: str, device: DeviceFacts) -> _Operands:
@@ -322,20 +321,20 @@ def _operands(layout: CacheLayout, q_dtype: str, device: DeviceFacts) -> _Operan
 def _decode_shape(records: RecordSpec, group: int, queries: int, rows: int, device: DeviceFacts) -> _AttentionShape:
     row_blocks = math.ceil(queries * group / rows)
     state = rows * max(records.k.padded_dim, records.v.padded_dim)
-    programs = device.num_sms * _DECODE_PROGRAMS_PER_SM
+    num_warps = max(1, min(8, state // 2048))
+    programs = device.num_sms * max(1, _DECODE_WARPS_PER_SM // num_warps)
     return _AttentionShape(
         rows=rows,
         row_blocks=row_blocks,
         queries=queries,
         tile=_tile(records),
-        num_warps=max(1, min(8, state // 2048)),
+        num_warps=num_warps,
         num_stages=2,
-        target_segments=max(1, programs // (records.num_kv_heads * row_blocks)),
-        min_segment=256,
+        programs=max(1, programs // (records.num_kv_heads * row_blocks)),
     )
 
 
-_DECODE_PROGRAMS_PER_SM = 16
+_DECODE_WARPS_PER_SM = 8  # what fits: each thread uses nearly all the 255 registers it can have
 
 
 def _prefill_shape(records: RecordSpec, group: int, rows: int) -> _AttentionShape:
@@ -346,8 +345,7 @@ def _prefill_shape(records: RecordSpec, group: int, rows: int) -> _AttentionShap
         tile=_tile(records),
         num_warps=4 if max(records.k.padded_dim, records.v.padded_dim) <= 256 else 8,
         num_stages=2,
-        target_segments=1,
-        min_segment=0,
+        programs=1,
     )
 
 
@@ -363,11 +361,11 @@ def _plan_decode(
     num_seqs, max_pages = page_table.shape
     num_q_tokens, num_q_heads, _ = q.shape
     records = spec.records
-    num_segments = num_seqs + spec.target_segments
+    num_segments = num_seqs + spec.programs
     partial_rows = (num_segments, records.num_kv_heads, spec.queries * spec.group)
     attend = LaunchPlan(
         kernel="attend_segments",
-        grid=(num_segments * spec.row_blocks * records.num_kv_heads, 1, 1),
+        grid=(spec.programs * spec.row_blocks * records.num_kv_heads, 1, 1),
         scalars=_attend_scalars(spec, q, page_table, pages),
         outputs=(Output((*partial_rows, records.v.head_dim), "float32"), Output(partial_rows, "float32")),
         constexprs=(("S", spec),),
@@ -380,8 +378,8 @@ def _plan_decode(
         grid=(num_q_tokens * num_q_heads, 1, 1),
         scalars=(num_q_tokens, num_seqs, max_pages),
         outputs=_attention_outputs(q, records.v.head_dim),
-        constexprs=(("S", spec), ("SPLITS", 16)),
-        num_warps=2,
+        constexprs=(("S", spec), ("SPLITS", 32)),
+        num_warps=4,
         enable_fp_fusion=True,
     )
     return AttentionPlan(attend, merge)

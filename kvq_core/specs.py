@@ -85,8 +85,7 @@ class AttentionSpec:
     has_sinks: bool
     has_alibi: bool
     has_cu_seqlens: bool
-    target_segments: int  # decode: segments of work wanted per KV head, over all sequences
-    min_segment: int  # decode: keys of the shortest segment worth a program
+    programs: int  # decode: programs a KV head and row block, which share its keys equally
 
 
 def side_spec(mode: KVQuantMode, head_dim: int, codes: int, scales: int, least_dim: int) -> SideSpec:

@@ -17,7 +17,8 @@ from kvq_core.layout import CacheLayout
 class KVCache:
     """The cache of one layer; make one with `KVCache.create`.
 
-    The constructor checks nothing, because JAX rebuilds pytrees with placeholders for leaves.
+    The constructor checks nothing, because JAX rebuilds pytrees with placeholders for leaves. It also makes the specs
+    that ``shard_map`` wants: ``KVCache(P(None, "tp"), P(), P(), layout)`` shards over KV heads.
 
     Args:
         pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``; inside ``shard_map``, the local KV heads.

@@ -21,9 +21,7 @@ from kvq_jax.cache import KVCache
 IMPLS = ("triton", "cudnn", "pallas", "xla")
 
 
-def append_kv(
-    cache: KVCache, k: Array, v: Array, slot_mapping: Array, *, impl: str | None = None
-) -> KVCache:
+def append_kv(cache: KVCache, k: Array, v: Array, slot_mapping: Array, *, impl: str | None = None) -> KVCache:
     """Quantize new tokens, write them to their slots, and return the new cache.
 
     A slot below 0, or past the pool, drops its token. Of tokens with the same slot one wins whole. Donate the old cache

@@ -129,4 +129,4 @@ _jax_append = jax.jit(kvq_jax.append_kv, donate_argnums=0)
 
 def sha256(pages: np.ndarray) -> str:
     """The digest of all bytes of a pool."""
-    return hashlib.sha256(np.ascontiguousarray(pages)).hexdigest()
+    return hashlib.sha256(pages.tobytes()).hexdigest()

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import transformers
+from torch.nn.functional import scaled_dot_product_attention
 
 from tests.model.train import as_tensor, next_byte_loss
 
 FOLDER = Path(__file__).parent / "model"
-HELD_OUT = FOLDER / "heldout"
 ATTENTION = "kvq_tests"
 
 Attend = Callable[[int, np.ndarray, np.ndarray, np.ndarray, float], np.ndarray]
@@ -47,8 +47,9 @@ def _no_mask(*args, **kwargs):
 
 
 def held_out_windows(names: tuple[str, ...], window_bytes: int) -> torch.Tensor:
-    """The first bytes of the held-out files ``names``, int64 ``[len(names), window_bytes]``."""
-    return torch.stack([as_tensor((HELD_OUT / name).read_bytes()[:window_bytes]).long() for name in names])
+    """The first bytes of the held-out modules ``names``, int64 ``[len(names), window_bytes]``."""
+    files = [FOLDER / "heldout" / f"{name}.txt" for name in names]
+    return torch.stack([as_tensor(path.read_bytes()[:window_bytes]).long() for path in files])
 
 
 @torch.no_grad()
@@ -81,8 +82,6 @@ class Recorder:
         return self._attend(torch.float32, q, k, v, sm_scale)
 
     def _attend(self, dtype, q, k, v, sm_scale) -> np.ndarray:
-        heads_first = (torch.from_numpy(x).unflatten(0, (self.num_seqs, -1)).transpose(1, 2).to(dtype) for x in (q, k, v))
-        values = torch.nn.functional.scaled_dot_product_attention(
-            *heads_first, is_causal=True, scale=sm_scale, enable_gqa=True
-        )
+        q, k, v = (torch.from_numpy(x).unflatten(0, (self.num_seqs, -1)).transpose(1, 2).to(dtype) for x in (q, k, v))
+        values = scaled_dot_product_attention(q, k, v, is_causal=True, scale=sm_scale, enable_gqa=True)
         return values.transpose(1, 2).flatten(0, 1).numpy()

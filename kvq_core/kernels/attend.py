@@ -14,7 +14,7 @@ dots on the four quarters of a row. Many rows take V from shared memory after it
 import triton
 import triton.language as tl
 
-from kvq_core.kernels.codec import decode_bytes, decode_words
+from kvq_core.kernels.codec import approximate_log2, approximate_reciprocal, decode_bytes, decode_words
 from kvq_core.kernels.pages import load_page_ids, record_offsets, row_offsets, scale_ptrs, typed_ptr
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -83,14 +83,13 @@ def _cast(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def attend_keys(query, overflow, pool, start, end, all_visible_end, v_scale_ptr, S: tl.constexpr):
+def attend_keys(query, pool, start, end, all_visible_end, v_scale_ptr, S: tl.constexpr):
     """Attend to keys ``start`` to ``end``; those before ``all_visible_end`` are seen by every row.
 
-    Returns the normalized output as S.v_parts parts (see `part_columns`), and the log2 of the sum of exponentials. Rows in
-    ``overflow`` can see a key that the page table has no column for: they get NaN.
+    Returns the normalized output as S.v_parts parts (see `part_columns`), and the log2 of the sum of exponentials.
     """
     m = tl.full([S.rows], float("-inf"), tl.float32)
-    l = tl.where(overflow, float("nan"), 0.0)
+    l = tl.full([S.rows], 0.0, tl.float32)
     part = tl.full([S.rows, part_width(S)], 0.0, tl.float32)
     if S.v_parts == 1:
         acc = (part,)
@@ -119,6 +118,7 @@ def attend_tile(state, query, pool, first, end, MASKED: tl.constexpr, S: tl.cons
     """One step of the online softmax, over S.tile keys from ``first``. With MASKED, not every row sees every key."""
     R: tl.constexpr = S.records
     V: tl.constexpr = R.v
+    CAPS: tl.constexpr = R.caps
     m, l, acc, poison = state
     pages_ptr, table_ptr, head, num_pages, max_pages = pool
     token = first + tl.arange(0, S.tile)
@@ -129,9 +129,9 @@ def attend_tile(state, query, pool, first, end, MASKED: tl.constexpr, S: tl.cons
     exponent = tl.where(in_pool, 0.0, float("nan"))
     if R.v.per_token_head:
         v_scale = _load_scales(pages_ptr, records, offset, exists, MASKED, V)
-        known = tl.maximum(tl.where(v_scale == v_scale, v_scale, 1.0), MIN_SCALE)
+        known = tl.maximum(v_scale, MIN_SCALE)  # of a NaN and a number, the number
         if S.fold_v_scales:
-            exponent += tl.log2(known)
+            exponent += approximate_log2(known, CAPS)
     x += exponent[None, :]
     visible = exists[None, :]
     if MASKED:
@@ -145,7 +145,7 @@ def attend_tile(state, query, pool, first, end, MASKED: tl.constexpr, S: tl.cons
     p = w
     if R.v.per_token_head:
         if S.fold_v_scales:
-            w = w * (1.0 / known)[None, :]
+            w = w * approximate_reciprocal(known, CAPS)[None, :]
         else:
             p = w * known[None, :]
         if MASKED:

@@ -4,7 +4,15 @@ import triton
 import triton.language as tl
 
 from kvq_core.kernels.attend import LOG2E, attend_keys, load_queries, store_parts
-from kvq_core.kernels.segments import find_segment, queries_of, segments_of, sequence_of_token
+from kvq_core.kernels.segments import (
+    find_sequence,
+    keys_of,
+    part_of,
+    part_start,
+    queries_of,
+    sequence_of_token,
+    total_tiles,
+)
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -30,32 +38,43 @@ def attend_segments(
     partial_lse_ptr,  # out float32 [num_segments, num_kv_heads, queries * group], log2
     S: tl.constexpr,
 ):
-    """One segment of one sequence's keys, for S.rows query rows of one KV head."""
+    """One part of the keys of all sequences, for S.rows query rows of one KV head."""
     R: tl.constexpr = S.records
     pid = tl.program_id(0)
     head = pid % R.num_kv_heads
     row_block = pid // R.num_kv_heads % S.row_blocks
-    segment = pid // (R.num_kv_heads * S.row_blocks)
+    program = (pid // (R.num_kv_heads * S.row_blocks)).to(tl.int64)
     capacity = max_pages * R.page_size
-    seq, start, end = find_segment(segment, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity, S)
-    if seq < num_seqs:
-        seq_len = tl.load(seq_lens_ptr + seq)
-        first_query, num_queries = queries_of(seq, seq < num_seqs, cu_seqlens_q_ptr, S)
+    total, _ = total_tiles(0, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity, S)
+    tile = part_start(program, total, S)
+    last_tile = part_start(program + 1, total, S)
+    if tile < last_tile:
         row = row_block * S.rows + tl.arange(0, S.rows)
-        q_index = row // S.group
-        token = first_query + q_index
-        valid = (row < S.queries * S.group) & (q_index < num_queries) & (token < num_q_tokens)
-        q_pos = seq_len - num_queries + q_index
-        q_head = head * S.group + row % S.group
-        strides = (q_stride_token, q_stride_head)
-        query = load_queries(q_ptr, k_scale_ptr, alibi_slopes_ptr, token, q_head, q_pos, valid, strides, S)
-        last_visible = q_pos if S.causal else tl.zeros_like(q_pos) + (seq_len - 1)
-        all_visible_end = seq_len - num_queries + 1 if S.causal else seq_len
-        pool = (pages_ptr, page_table_ptr + seq.to(tl.int64) * max_pages, head, num_pages, max_pages)
-        out, lse = attend_keys(query, last_visible >= capacity, pool, start, end, all_visible_end, v_scale_ptr, S)
-        partial_row = (segment.to(tl.int64) * R.num_kv_heads + head) * (S.queries * S.group) + row
-        store_parts(partial_out_ptr, partial_row, valid, out, S)
-        tl.store(partial_lse_ptr + partial_row, lse, mask=valid)
+        seq, first_tile = find_sequence(tile, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity, S)
+        while tile < last_tile:
+            seq_len = tl.load(seq_lens_ptr + seq)
+            first_query, num_queries = queries_of(seq, seq < num_seqs, cu_seqlens_q_ptr, S)
+            q_index = row // S.group
+            token = first_query + q_index
+            valid = (row < S.queries * S.group) & (q_index < num_queries) & (token >= 0) & (token < num_q_tokens)
+            q_pos = seq_len - num_queries + q_index
+            q_head = head * S.group + row % S.group
+            strides = (q_stride_token, q_stride_head)
+            query = load_queries(q_ptr, k_scale_ptr, alibi_slopes_ptr, token, q_head, q_pos, valid, strides, S)
+
+            seq_start, seq_end = keys_of(seq, seq < num_seqs, seq_lens_ptr, cu_seqlens_q_ptr, capacity, S)
+            start = seq_start + ((tile - first_tile) * S.tile).to(tl.int32)
+            end = seq_start + ((last_tile - first_tile) * S.tile).to(tl.int32)
+            all_visible_end = seq_len - num_queries + 1 if S.causal else seq_len
+            pool = (pages_ptr, page_table_ptr + seq.to(tl.int64) * max_pages, head, num_pages, max_pages)
+            out, lse = attend_keys(query, pool, start, tl.minimum(end, seq_end), all_visible_end, v_scale_ptr, S)
+            partial_row = ((program + seq) * R.num_kv_heads + head) * (S.queries * S.group) + row
+            store_parts(partial_out_ptr, partial_row, valid, out, S)
+            tl.store(partial_lse_ptr + partial_row, lse, mask=valid)
+
+            first_tile += tl.cdiv(seq_end - seq_start, S.tile)
+            tile = first_tile
+            seq += 1
 
 
 @triton.jit(do_not_specialize=["num_q_tokens", "num_seqs", "max_pages"])
@@ -79,34 +98,44 @@ def merge_segments(
     q_head = tl.program_id(0) % S.num_q_heads
     seq, q_index = sequence_of_token(token, cu_seqlens_q_ptr, num_seqs, S)
     capacity = max_pages * S.records.page_size
-    first_segment, splits = segments_of(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity, S)
+    total, first_tile = total_tiles(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity, S)
+    start, end = keys_of(seq, seq < num_seqs, seq_lens_ptr, cu_seqlens_q_ptr, capacity, S)
+    tiles = tl.cdiv(end - start, S.tile)
+    first_part = part_of(first_tile, total, S)
+    parts = tl.where(tiles > 0, part_of(first_tile + tiles - 1, total, S) - first_part + 1, 0).to(tl.int32)
     promised = q_index < S.queries  # queries past max_seqlen_q were not attended to: their result is NaN
     row = tl.where(promised, q_index, 0) * S.group + q_head % S.group
     d = tl.arange(0, V.padded_dim)
     m = tl.full([], float("-inf"), tl.float32)
     l = tl.full([], 0.0, tl.float32)
     acc = tl.full([V.padded_dim], 0.0, tl.float32)
-    for start in range(0, splits, SPLITS):
-        split = start + tl.arange(0, SPLITS)
-        head_row = ((first_segment + split).to(tl.int64) * S.records.num_kv_heads + q_head // S.group) * (S.queries * S.group)
-        exists = split < splits
-        lse = tl.load(partial_lse_ptr + head_row + row, mask=exists, other=float("-inf"))
+    for first in range(0, parts, SPLITS):
+        part = first + tl.arange(0, SPLITS)
+        segment = first_part + part + seq
+        partial_row = (segment * S.records.num_kv_heads + q_head // S.group) * (S.queries * S.group) + row
+        exists = part < parts
+        lse = tl.load(partial_lse_ptr + partial_row, mask=exists, other=float("-inf"))
         mask = exists[:, None] & (d < V.head_dim)[None, :]
-        part = tl.load(partial_out_ptr + (head_row + row)[:, None] * V.head_dim + d[None, :], mask=mask, other=0.0)
+        partial = tl.load(partial_out_ptr + partial_row[:, None] * V.head_dim + d[None, :], mask=mask, other=0.0)
         m_new = tl.maximum(m, tl.max(lse, axis=0))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         alpha = tl.exp2(m - m_safe)
         weight = tl.exp2(lse - m_safe)
         l = l * alpha + tl.sum(weight, axis=0)
-        acc = acc * alpha + tl.sum(part * weight[:, None], axis=0)
+        acc = acc * alpha + tl.sum(partial * weight[:, None], axis=0)
         m = m_new
     lse = tl.where(l == 0.0, float("-inf"), m + tl.log2(l))
     out = acc * tl.where(l == 0.0, 0.0, 1.0 / l)
+    exists = seq < num_seqs
     if S.has_sinks:
-        sink = tl.where(splits > 0, tl.load(sinks_ptr + q_head) * LOG2E, float("-inf"))
+        sink = tl.where(exists, tl.load(sinks_ptr + q_head) * LOG2E, float("-inf"))
         share, lse = add_sink(lse, sink)
         out = out * share
-    poison = tl.where(promised | (splits == 0), 0.0, float("nan"))
+    last_visible = tl.load(seq_lens_ptr + seq, mask=exists, other=0) - 1
+    if S.causal and S.has_cu_seqlens:
+        _, num_queries = queries_of(seq, exists, cu_seqlens_q_ptr, S)
+        last_visible += q_index + 1 - num_queries
+    poison = tl.where(exists & ((last_visible >= capacity) | ~promised), float("nan"), 0.0)
     out_row = token.to(tl.int64) * S.num_q_heads + q_head
     tl.store(out_ptr + out_row * V.head_dim + d, (out + poison).to(out_ptr.dtype.element_ty), mask=d < V.head_dim)
     tl.store(lse_ptr + out_row, lse * LN2 + poison)

@@ -42,7 +42,7 @@ def attend_queries(
         row = tl.arange(0, S.rows)
         q_index = first_index + row // S.group
         token = seq_start + q_index
-        valid = (row < S.queries * S.group) & (q_index < num_queries) & (token < num_q_tokens)
+        valid = (row < S.queries * S.group) & (q_index < num_queries) & (token >= 0) & (token < num_q_tokens)
         q_pos = seq_len - num_queries + q_index
         q_head = head * S.group + row % S.group
         strides = (q_stride_token, q_stride_head)
@@ -58,11 +58,14 @@ def attend_queries(
         all_visible_end = first_pos + 1 if S.causal else seq_len
         last_visible = q_pos if S.causal else tl.zeros_like(q_pos) + (seq_len - 1)
         pool = (pages_ptr, page_table_ptr + seq.to(tl.int64) * max_pages, head, num_pages, max_pages)
-        out, lse = attend_keys(query, last_visible >= capacity, pool, start, end, all_visible_end, v_scale_ptr, S)
+        out, lse = attend_keys(query, pool, start, end, all_visible_end, v_scale_ptr, S)
         if S.has_sinks:
             sink = tl.load(sinks_ptr + q_head, mask=valid & ~is_padding, other=float("-inf")) * LOG2E
             share, lse = add_sink(lse, sink)
             out = scale_parts(out, share, S)
+        # A query that sees a key the page table has no column for.
+        poison = tl.where(last_visible >= capacity, float("nan"), 1.0)
+        out = scale_parts(out, poison, S)
         out_row = token.to(tl.int64) * S.num_q_heads + q_head
         store_parts(out_ptr, out_row, valid, out, S)
-        tl.store(lse_ptr + out_row, lse * LN2, mask=valid)
+        tl.store(lse_ptr + out_row, lse * LN2 * poison, mask=valid)

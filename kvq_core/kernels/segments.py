@@ -1,8 +1,9 @@
 """Which keys a program attends to, found on the device from the lengths.
 
-The grid follows from shapes alone. All keys of all sequences are cut into segments of one size, chosen so that about
-``S.target_segments`` of them exist whatever the lengths are, and program number n takes segment number n. A sequence
-has at least one segment, so there are at most ``num_seqs + target_segments``.
+The grid follows from shapes alone. The keys of all sequences, counted in tiles, form one line; program n of
+``S.programs`` (or of as many as there are tiles) takes the n-th equal part of it, whatever the lengths are. A part can
+span sequences, and a sequence parts: what program n finds for sequence s is segment n + s. Walking along the line, each new segment advances n or s,
+so no two segments share a number, and there are fewer than ``S.programs + num_seqs``.
 """
 
 import triton
@@ -24,8 +25,10 @@ def queries_of(seq, mask, cu_seqlens_q_ptr, S: tl.constexpr):
 
 
 @triton.jit
-def keys_of(seq_len, num_queries, capacity, S: tl.constexpr):
+def keys_of(seq, mask, seq_lens_ptr, cu_seqlens_q_ptr, capacity, S: tl.constexpr):
     """The range of keys that some query of a sequence can see, its start rounded down to a tile."""
+    _, num_queries = queries_of(seq, mask, cu_seqlens_q_ptr, S)
+    seq_len = tl.load(seq_lens_ptr + seq, mask=mask, other=0)
     end = tl.where(num_queries > 0, tl.maximum(tl.minimum(seq_len, capacity), 0), 0)
     start = tl.zeros_like(end)
     if S.window > 0:
@@ -35,61 +38,51 @@ def keys_of(seq_len, num_queries, capacity, S: tl.constexpr):
 
 
 @triton.jit
-def _keys_of_sequences(first_seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity, S: tl.constexpr):
-    """Number of keys of SEQS sequences, 0 past the last one."""
+def _tiles_of_sequences(first_seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity, S: tl.constexpr):
+    """Number of tiles of SEQS sequences, 0 past the last one."""
     seq = first_seq + tl.arange(0, SEQS)
-    mask = seq < num_seqs
-    _, num_queries = queries_of(seq, mask, cu_seqlens_q_ptr, S)
-    start, end = keys_of(tl.load(seq_lens_ptr + seq, mask=mask, other=0), num_queries, capacity, S)
-    return end - start, seq, mask
+    start, end = keys_of(seq, seq < num_seqs, seq_lens_ptr, cu_seqlens_q_ptr, capacity, S)
+    return seq, tl.cdiv(end - start, S.tile)
 
 
 @triton.jit
-def _segment_size(seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity, S: tl.constexpr):
-    """Keys of a segment: a share of all keys, rounded up to tiles."""
-    total = tl.zeros([SEQS], tl.int64)
+def total_tiles(last_seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity, S: tl.constexpr):
+    """Tiles of all sequences, and of those before ``last_seq``."""
+    total = tl.full([SEQS], 0, tl.int64)
+    before = tl.full([SEQS], 0, tl.int64)
     for first_seq in range(0, num_seqs, SEQS):
-        keys, _, _ = _keys_of_sequences(first_seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity, S)
-        total += keys
-    share = tl.cdiv(tl.sum(total, axis=0), S.target_segments).to(tl.int32)
-    return tl.cdiv(tl.maximum(share, S.min_segment), S.tile) * S.tile
+        seq, tiles = _tiles_of_sequences(first_seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity, S)
+        total += tiles
+        before += tl.where(seq < last_seq, tiles, 0)
+    return tl.sum(total, axis=0), tl.sum(before, axis=0)
 
 
 @triton.jit
-def find_segment(segment, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity, S: tl.constexpr):
-    """Sequence of a segment (num_seqs if there are fewer segments) and its range of keys."""
-    size = _segment_size(seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity, S)
-    segments = 0
+def find_sequence(tile, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity, S: tl.constexpr):
+    """The sequence that ``tile`` of the line belongs to, and its first tile."""
+    line = tile * 0
     seq = 0
-    first_segment = 0
+    first_tile = tile * 0
     for first_seq in range(0, num_seqs, SEQS):
-        keys, _, mask = _keys_of_sequences(first_seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity, S)
-        count = tl.where(mask, tl.maximum(tl.cdiv(keys, size), 1), 0)
-        before = mask & (segments + tl.cumsum(count, axis=0) <= segment)
+        _, tiles = _tiles_of_sequences(first_seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity, S)
+        tiles = tiles.to(tl.int64)
+        before = line + tl.cumsum(tiles, axis=0) <= tile
         seq += tl.sum(before.to(tl.int32), axis=0)
-        first_segment += tl.sum(tl.where(before, count, 0), axis=0)
-        segments += tl.sum(count, axis=0)
-    exists = seq < num_seqs
-    _, num_queries = queries_of(seq, exists, cu_seqlens_q_ptr, S)
-    start, end = keys_of(tl.load(seq_lens_ptr + seq, mask=exists, other=0), num_queries, capacity, S)
-    splits = tl.maximum(tl.cdiv(end - start, size), 1)
-    share = tl.cdiv(tl.cdiv(end - start, splits), S.tile) * S.tile
-    start += (segment - first_segment) * share
-    return seq, start, tl.minimum(start + share, end)
+        first_tile += tl.sum(tl.where(before, tiles, 0), axis=0)
+        line += tl.sum(tiles, axis=0)
+    return seq, first_tile
 
 
 @triton.jit
-def segments_of(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity, S: tl.constexpr):
-    """First segment and number of segments of sequence ``seq``; 0 segments if there is no such sequence."""
-    size = _segment_size(seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity, S)
-    first_segment = 0
-    splits = 0
-    for first_seq in range(0, num_seqs, SEQS):
-        keys, other, mask = _keys_of_sequences(first_seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity, S)
-        count = tl.where(mask, tl.maximum(tl.cdiv(keys, size), 1), 0)
-        first_segment += tl.sum(tl.where(other < seq, count, 0), axis=0)
-        splits += tl.sum(tl.where(other == seq, count, 0), axis=0)
-    return first_segment, splits
+def part_start(program, total, S: tl.constexpr):
+    """First tile of a program's part of the line."""
+    return tl.minimum(program * total // tl.maximum(tl.minimum(total, S.programs), 1), total)
+
+
+@triton.jit
+def part_of(tile, total, S: tl.constexpr):
+    """The program whose part holds ``tile``."""
+    return ((tile + 1) * tl.minimum(total, S.programs) - 1) // tl.maximum(total, 1)
 
 
 @triton.jit
@@ -120,5 +113,6 @@ def find_query_tile(tile, cu_seqlens_q_ptr, num_seqs, S: tl.constexpr):
         mask = other <= num_seqs
         first_tile = tl.load(cu_seqlens_q_ptr + other, mask=mask, other=0) // S.queries + other
         seq += tl.sum((mask & (first_tile <= tile)).to(tl.int32), axis=0)
+    seq = tl.maximum(seq, 0)
     first_tile = tl.load(cu_seqlens_q_ptr + seq) // S.queries + seq
     return seq, (tile - first_tile) * S.queries

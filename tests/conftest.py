@@ -1,0 +1,27 @@
+"""What holds for every test: reproducible properties, and reasons for what cannot run here."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import settings
+
+from tests.backends import has_gpu, is_interpreting
+
+if not has_gpu():  # the wheel that jax-triton needs makes JAX look for a GPU
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+settings.register_profile("reproducible", deadline=None, derandomize=True)
+settings.load_profile("reproducible")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reasons = {
+        "gpu": None if has_gpu() else "needs an NVIDIA GPU",
+        "interpreter": None if is_interpreting() else "needs TRITON_INTERPRET=1 before Python starts",
+    }
+    for item in items:
+        for marker, reason in reasons.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
