@@ -144,7 +144,8 @@ class CacheLayout:
         match = _FINGERPRINT.fullmatch(fingerprint)
         if match is None:
             raise ValueError(
-                f"expected a fingerprint like 'kvq1-tail-k:int8_per_token_head-v:int8_per_token_head-p16-h8-dk128-dv128'; "
+                "expected a fingerprint like "
+                "'kvq1-tail-k:int8_per_token_head-v:int8_per_token_head-p16-h8-dk128-dv128'; "
                 f"got {fingerprint!r}"
             )
         placement, k_mode, v_mode, *counts = match.groups()

@@ -179,6 +179,8 @@ def to_torch(x: np.ndarray, device: str):
     """``x`` as a tensor with the same strides into a copy of its whole buffer."""
     import torch
 
+    if x.size == 0:
+        return torch.empty(x.shape, dtype=getattr(torch, x.dtype.name), device=device)
     buffer = make.root(x)
     flat = torch.from_numpy(buffer.reshape(-1).view(np.uint8).copy()).to(device).view(getattr(torch, x.dtype.name))
     offset = (x.__array_interface__["data"][0] - buffer.__array_interface__["data"][0]) // x.itemsize

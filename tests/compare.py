@@ -18,7 +18,7 @@ class Attention(NamedTuple):
 
 
 def assert_same_bytes(got: np.ndarray, want: np.ndarray, layout: CacheLayout | None = None) -> None:
-    """Equal shapes, dtypes and bytes; the message names the first byte that differs, of pages in terms of ``layout``."""
+    """Equal shapes, dtypes and bytes; the message names the first byte that differs, in pages of ``layout``."""
     assert (got.shape, got.dtype) == (want.shape, want.dtype), (
         f"expected {want.dtype}{want.shape}; got {got.dtype}{got.shape}"
     )

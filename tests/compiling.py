@@ -17,8 +17,9 @@ from unittest import mock
 import torch
 import triton
 import triton.backends.nvidia
+from triton._C.libtriton import ir, nvidia, passes
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler import ASTSource, CompiledKernel, make_backend
 
 from kvq_core import CacheLayout, kernels
 from kvq_core.plan import DeviceFacts
@@ -105,16 +106,42 @@ def _triton_type(arg: Any) -> str:
 @functools.cache
 def compiled(call: KernelCall, gpu: GPUTarget) -> CompiledKernel:
     """Compile ``call`` with all pointers aligned to 16 bytes and no scalar specialised, as the launchers do."""
+    return triton.compile(_source(call), target=gpu, options=dict(call.options))
+
+
+def shared_bytes(call: KernelCall, gpu: GPUTarget) -> int:
+    """Shared memory that ``call`` takes on an NVIDIA GPU, known without the slow half of a compilation."""
+    backend = make_backend(gpu)
+    options = backend.parse_options(dict(call.options))
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    source = _source(call)
+    functions = backend.get_codegen_implementation(options), backend.get_module_map()
+    module = source.make_ir(gpu, options, *functions, context)
+    stages: dict[str, Callable] = {}
+    backend.add_stages(stages, options, source.language)
+    for stage in ("ttir", "ttgir"):
+        module = stages[stage](module, {})
+    manager = ir.pass_manager(context)
+    passes.ttgpuir.add_allocate_warp_groups(manager)
+    passes.convert.add_scf_to_cf(manager)
+    passes.gluon.add_inliner(manager)
+    nvidia.passes.ttgpuir.add_allocate_shared_memory_nv(manager, gpu.arch, 80)
+    manager.run(module, "allocate_shared_memory")
+    return module.get_int_attr("ttg.shared")
+
+
+def _source(call: KernelCall) -> ASTSource:
     function = getattr(kernels, call.kernel)
-    signature = dict(zip(function.arg_names, call.types, strict=False)) | {name: "constexpr" for name, _ in call.constexprs}
+    types = dict(zip(function.arg_names, call.types, strict=False))
     pointers = [i for i, name in enumerate(call.types) if name.startswith("*")]
-    source = ASTSource(
+    return ASTSource(
         function,
-        signature=signature,
+        signature=types | {name: "constexpr" for name, _ in call.constexprs},
         constexprs=dict(call.constexprs),
         attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
     )
-    return triton.compile(source, target=gpu, options=dict(call.options))
 
 
 class Resources(NamedTuple):

@@ -57,6 +57,9 @@ def append_kv(
     row = tl.program_id(0).to(tl.int64) * S.rows + tl.arange(0, S.rows)
     token = row // R.num_kv_heads
     head = row % R.num_kv_heads
+    # Read before anything is known of the slots, so that the two latencies overlap.
+    k = _load_rows(k_ptr, token, head, num_tokens, k_stride_token, k_stride_head, K, S.k_align)
+    v = _load_rows(v_ptr, token, head, num_tokens, v_stride_token, v_stride_head, V, S.v_align)
     slot = tl.load(slot_mapping_ptr + token, mask=token < num_tokens, other=-1).to(tl.int64)
     writes = (slot >= 0) & (slot < num_pages.to(tl.int64) * R.page_size)
     if num_tokens <= S.scan:
@@ -65,10 +68,8 @@ def append_kv(
         writes = writes & (tl.load(winners_ptr + slot, mask=writes, other=-1).to(tl.int64) == token)
     records = record_offsets(slot // R.page_size, head, R)
     offset = slot % R.page_size
-    k_row = token * (k_stride_token.to(tl.int64) * S.k_align) + head * (k_stride_head.to(tl.int64) * S.k_align)
-    v_row = token * (v_stride_token.to(tl.int64) * S.v_align) + head * (v_stride_head.to(tl.int64) * S.v_align)
-    _append_side(k_ptr, k_row, k_scale_ptr, pages_out_ptr, records, offset, writes, K, CAPS)
-    _append_side(v_ptr, v_row, v_scale_ptr, pages_out_ptr, records, offset, writes, V, CAPS)
+    _store_rows(k, k_scale_ptr, pages_out_ptr, records, offset, writes, K, CAPS)
+    _store_rows(v, v_scale_ptr, pages_out_ptr, records, offset, writes, V, CAPS)
 
 
 @triton.jit
@@ -81,15 +82,20 @@ def _written_by_later_token(slot_mapping_ptr, token, slot, num_tokens, SCAN: tl.
 
 
 @triton.jit
-def _append_side(
-    x_ptr, x_row, tensor_scale_ptr, pages_ptr, records, offset, writes, SIDE: tl.constexpr, CAPS: tl.constexpr
-):
+def _load_rows(x_ptr, token, head, num_tokens, stride_token, stride_head, SIDE: tl.constexpr, ALIGN: tl.constexpr):
+    d = tl.arange(0, SIDE.padded_dim)
+    row = token * (stride_token.to(tl.int64) * ALIGN) + head * (stride_head.to(tl.int64) * ALIGN)
+    mask = (token < num_tokens)[:, None] & (d < SIDE.head_dim)[None, :]
+    return tl.load(x_ptr + row[:, None] + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_rows(x, tensor_scale_ptr, pages_ptr, records, offset, writes, SIDE: tl.constexpr, CAPS: tl.constexpr):
     MODE: tl.constexpr = SIDE.mode
     d = tl.arange(0, SIDE.padded_dim)
-    mask = writes[:, None] & (d < SIDE.head_dim)[None, :]
-    x = tl.load(x_ptr + x_row[:, None] + d[None, :], mask=mask, other=0.0)
     codes, row_scales = encode_rows(x, tensor_scale_ptr, MODE, CAPS)
     element = tl.multiple_of(row_offsets(records, offset, SIDE) // SIDE.code_bytes, 16 // SIDE.code_bytes)
+    mask = writes[:, None] & (d < SIDE.head_dim)[None, :]
     tl.store(bits_ptr(pages_ptr, SIDE.code_bytes) + element[:, None] + d[None, :], codes, mask=mask)
     if SIDE.per_token_head:
         tl.store(scale_ptrs(pages_ptr, records, offset, SIDE), row_scales, mask=writes)

@@ -23,9 +23,7 @@ MIN_SCALE = tl.constexpr(7.888609052210118e-31)  # 2^-100
 
 
 @triton.jit
-def load_queries(
-    q_ptr, k_scale_ptr, alibi_slopes_ptr, token, q_head, q_pos, valid, strides, S: tl.constexpr
-):
+def load_queries(q_ptr, k_scale_ptr, alibi_slopes_ptr, token, q_head, q_pos, valid, strides, S: tl.constexpr):
     """Rows of q as a dot operand, with what turns dots into scores: (q, row_scale, slope, q_pos)."""
     R: tl.constexpr = S.records
     d = tl.arange(0, R.k.padded_dim)

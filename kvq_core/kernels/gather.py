@@ -31,7 +31,9 @@ def gather_kv(
     first = (pid // R.num_kv_heads) % tiles * S.tile
     seq = (pid // R.num_kv_heads // tiles).to(tl.int64)
     token = first + tl.arange(0, S.tile)
-    page, offset, in_pool = load_page_ids(page_table_ptr + seq * max_pages, first, num_pages, max_pages, True, S.tile, R)
+    page, offset, in_pool = load_page_ids(
+        page_table_ptr + seq * max_pages, first, num_pages, max_pages, True, S.tile, R
+    )
     filled = token < tl.load(seq_lens_ptr + seq)
     records = record_offsets(page, head, R)
     out_row = (seq * capacity + token) * R.num_kv_heads + head

@@ -49,7 +49,7 @@ def bits_ptr(ptr, ITEMSIZE: tl.constexpr):
 
 @triton.jit
 def load_page_ids(table_ptr, first, num_pages, max_pages, MASKED: tl.constexpr, TILE: tl.constexpr, R: tl.constexpr):
-    """Page id and offset in the page of each of TILE tokens from ``first`` (a multiple of TILE), and whether the id is valid.
+    """Page id, offset in the page, and validity of the id, for TILE tokens from ``first`` (a multiple of TILE).
 
     An id outside the pool comes back as 0, a page that is safe to read. With MASKED, table columns at or past
     ``max_pages`` are not read. Where a tile is made of whole pages, or lies in one, each page is looked up once.

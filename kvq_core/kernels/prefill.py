@@ -36,7 +36,9 @@ def attend_queries(
     seq, first_index = find_query_tile(pid // R.num_kv_heads, cu_seqlens_q_ptr, num_seqs, S)
     is_padding = seq == num_seqs
     seq_start = tl.load(cu_seqlens_q_ptr + seq)
-    num_queries = tl.where(is_padding, num_q_tokens, tl.load(cu_seqlens_q_ptr + seq + 1, mask=seq < num_seqs)) - seq_start
+    num_queries = (
+        tl.where(is_padding, num_q_tokens, tl.load(cu_seqlens_q_ptr + seq + 1, mask=seq < num_seqs)) - seq_start
+    )
     seq_len = tl.load(seq_lens_ptr + seq, mask=seq < num_seqs, other=0)
     if first_index < num_queries:
         row = tl.arange(0, S.rows)

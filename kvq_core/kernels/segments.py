@@ -2,8 +2,8 @@
 
 The grid follows from shapes alone. The keys of all sequences, counted in tiles, form one line; program n of
 ``S.programs`` (or of as many as there are tiles) takes the n-th equal part of it, whatever the lengths are. A part can
-span sequences, and a sequence parts: what program n finds for sequence s is segment n + s. Walking along the line, each new segment advances n or s,
-so no two segments share a number, and there are fewer than ``S.programs + num_seqs``.
+span sequences, and a sequence parts: what program n finds for sequence s is segment n + s. Walking along the line, each
+new segment advances n or s, so no two segments share a number, and there are fewer than ``S.programs + num_seqs``.
 """
 
 import triton

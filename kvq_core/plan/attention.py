@@ -1,205 +1,31 @@
-"""Launch plans: all that a kernel launch needs but the arrays, from the layout, the shapes and the device.
-
-Pure functions without a framework; equal arguments give equal plans in both. The launchers (`kvq_torch._triton`,
-`kvq_jax._triton`, `kvq_core.kernels.interpret`) execute a plan and decide nothing.
-"""
+"""Plans of attention: which kernel, how many rows and keys a step, how many programs."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvq_core import arguments
 from kvq_core.arguments import ArraySpec
 from kvq_core.layout import CacheLayout
 from kvq_core.modes import KVQuantMode
-from kvq_core.specs import AppendSpec, AttentionSpec, GatherSpec, RecordSpec, record_spec
-
-PLANS = functools.lru_cache(maxsize=4096)
-
-
-@dataclass(frozen=True)
-class DeviceFacts:
-    """What a plan depends on: ``backend`` "cuda", "hip" or "interpreter", ``arch`` (90 for sm_90), multiprocessors."""
-
-    backend: str
-    arch: int
-    num_sms: int
-
-    @property
-    def caps(self) -> str:
-        """Which codecs run: see `kvq_core.kernels.codec`."""
-        if self.backend != "cuda":
-            return "portable"
-        return "ptx_fp8" if self.arch >= 89 else "ptx"
-
-
-class Output(NamedTuple):
-    """An output of a launch: a new buffer, or (``alias``) the array input of that index, updated in place."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    alias: int | None = None
-
-
-@dataclass(frozen=True)
-class LaunchPlan:
-    """One launch of ``kvq_core.kernels.<kernel>``: arrays, ``scalars``, outputs, then ``constexprs`` by name."""
-
-    kernel: str
-    grid: tuple[int, int, int]
-    scalars: tuple[int, ...]
-    outputs: tuple[Output, ...]
-    constexprs: tuple[tuple[str, Hashable], ...]
-    num_warps: int
-    num_stages: int = 1
-    enable_fp_fusion: bool = False
-
-
-class AppendPlan(NamedTuple):
-    """``claim``, for calls of many tokens: (slot_mapping) -> (winners). ``append``: (k, v, slot_mapping, winners or
-    slot_mapping, k_scale, v_scale, pages) -> (pages)."""
-
-    claim: LaunchPlan | None
-    append: LaunchPlan
+from kvq_core.plan.launch import DeviceFacts, LaunchPlan, Output, cached, pool_spec, stride_align
+from kvq_core.specs import AttentionSpec, RecordSpec
 
 
 class AttentionPlan(NamedTuple):
-    """``attend``: (q, pages, k_scale, v_scale, sinks or k_scale, alibi_slopes or k_scale, page_table, seq_lens,
+    """The one or two launches of an attention.
+
+    ``attend``: (q, pages, k_scale, v_scale, sinks or k_scale, alibi_slopes or k_scale, page_table, seq_lens,
     cu_seqlens_q or seq_lens) -> (out, lse), or partial results for ``merge``: (partial_out, partial_lse, sinks or
-    k_scale, seq_lens, cu_seqlens_q or seq_lens) -> (out, lse)."""
+    k_scale, seq_lens, cu_seqlens_q or seq_lens) -> (out, lse).
+    """
 
     attend: LaunchPlan
     merge: LaunchPlan | None
 
 
-@PLANS
-def plan_append_kv(
-    layout: CacheLayout,
-    pages: ArraySpec,
-    k: ArraySpec,
-    v: ArraySpec,
-    slot_mapping: ArraySpec,
-    device: DeviceFacts,
-) -> AppendPlan | None:
-    """Plan `append_kv`; None if there are no tokens.
-
-    Raises:
-        ValueError, TypeError, NotImplementedError: see `kvq_core.arguments.check_append_kv`.
-    """
-    arguments.check_append_kv(layout, pages, k, v, slot_mapping)
-    num_tokens, num_heads, _ = k.shape
-    num_pages = pages.shape[0]
-    if num_tokens == 0:
-        return None
-    k_align, v_align = _stride_align(k), _stride_align(v)
-    spec = AppendSpec(_records(layout, pages, device), _APPEND_ROWS, k_align, v_align, _APPEND_SCAN)
-    append = LaunchPlan(
-        kernel="append_kv",
-        grid=(math.ceil(num_tokens * num_heads / spec.rows), 1, 1),
-        scalars=(
-            num_tokens,
-            num_pages,
-            *(stride // k_align for stride in k.strides[:2]),
-            *(stride // v_align for stride in v.strides[:2]),
-        ),
-        outputs=(Output(pages.shape, "uint8", alias=6),),
-        constexprs=(("S", spec),),
-        num_warps=4,
-    )
-    claim = _plan_claim(slot_mapping, num_pages * layout.page_size) if num_tokens > spec.scan else None
-    return AppendPlan(claim, append)
-
-
-# Rows a program quantizes, and the most tokens whose duplicate slots one comparison [rows, tokens] can find.
-_APPEND_ROWS = 32
-_APPEND_SCAN = 256
-_CLAIM_TOKENS = 256
-
-
-def _plan_claim(slot_mapping: ArraySpec, num_slots: int) -> LaunchPlan:
-    (num_tokens,) = slot_mapping.shape
-    return LaunchPlan(
-        kernel="claim_slots",
-        grid=(math.ceil(num_tokens / _CLAIM_TOKENS), 1, 1),
-        scalars=(num_tokens, num_slots),
-        outputs=(Output((num_slots,), slot_mapping.dtype),),
-        constexprs=(("TOKENS", _CLAIM_TOKENS),),
-        num_warps=1,
-    )
-
-
-@PLANS
-def plan_gather_kv(
-    layout: CacheLayout,
-    pages: ArraySpec,
-    page_table: ArraySpec,
-    seq_lens: ArraySpec,
-    dtype: str,
-    device: DeviceFacts,
-) -> LaunchPlan | None:
-    """Plan `gather_kv`: (pages, k_scale, v_scale, page_table, seq_lens) -> (k, v); None if the result is empty.
-
-    Raises:
-        ValueError, TypeError: see `kvq_core.arguments.check_gather_kv`.
-    """
-    arguments.check_gather_kv(layout, pages, page_table, seq_lens, dtype)
-    num_seqs, max_pages = page_table.shape
-    num_heads = pages.shape[1]
-    tokens = max_pages * layout.page_size
-    if num_seqs * tokens == 0:
-        return None
-    spec = GatherSpec(_records(layout, pages, device), _GATHER_TILE, dtype)
-    return LaunchPlan(
-        kernel="gather_kv",
-        grid=(num_seqs * num_heads * math.ceil(tokens / spec.tile), 1, 1),
-        scalars=(pages.shape[0], max_pages),
-        outputs=tuple(
-            Output((num_seqs, tokens, num_heads, dim), dtype) for dim in (layout.head_dim, layout.head_dim_v)
-        ),
-        constexprs=(("S", spec),),
-        num_warps=4,
-    )
-
-
-_GATHER_TILE = 32
-
-
-@PLANS
-def plan_copy_pages(pages: ArraySpec, src: ArraySpec, dst: ArraySpec, device: DeviceFacts) -> LaunchPlan | None:
-    """Plan `copy_pages`: (src, dst, pages) -> (pages); None if there are no pairs.
-
-    Raises:
-        ValueError, TypeError: see `kvq_core.arguments.check_copy_pages`.
-    """
-    del device  # one plan serves all
-    arguments.check_copy_pages(pages, src, dst)
-    (num_pairs,) = src.shape
-    num_pages, num_heads, record_bytes = pages.shape
-    if num_pairs == 0:
-        return None
-    page_words = num_heads * record_bytes // 4
-    return LaunchPlan(
-        kernel="copy_pages",
-        grid=(num_pairs * math.ceil(page_words / _COPY_WORDS), 1, 1),
-        scalars=(num_pairs, num_pages),
-        outputs=(Output(pages.shape, "uint8", alias=2),),
-        constexprs=(
-            ("PAGE_WORDS", page_words),
-            ("PAGE_STRIDE_WORDS", (pages.strides[0] if num_pages > 1 else num_heads * record_bytes) // 4),
-            ("CHUNK", _COPY_WORDS),
-        ),
-        num_warps=4,
-    )
-
-
-_COPY_WORDS = 4096
-
-
-@PLANS
+@cached
 def plan_paged_attention(
     layout: CacheLayout,
     q: ArraySpec,
@@ -243,11 +69,13 @@ def plan_paged_attention(
     if q.shape[0] == 0:
         return None
     group = q.shape[1] // pages.shape[1]
-    queries = 1 if cu_seqlens_q is None else max_seqlen_q
-    is_decode = queries is not None and (queries == 1 or queries * group <= _DECODE_ROWS)
-    rows = min(_MANY_ROWS, _power_of_two(queries * group, least=16)) if is_decode else _power_of_two(group, _MANY_ROWS)
-    records = _records(layout, pages, device, least_dim=64 if rows >= _MANY_ROWS else 16)
-    shape = _decode_shape(records, group, queries, rows, device) if is_decode else _prefill_shape(records, group, rows)
+    queries = _few_queries(cu_seqlens_q, max_seqlen_q, group)
+    rows = _power_of_two(group, _MANY_ROWS) if queries is None else min(_power_of_two(queries * group, 16), _MANY_ROWS)
+    records = pool_spec(layout, pages, device, least_dim=64 if rows >= _MANY_ROWS else 16)
+    if queries is None:
+        shape = _prefill_shape(records, group, rows)
+    else:
+        shape = _decode_shape(records, group, queries, rows, device)
     operands = _operands(layout, q.dtype, device)
     spec = AttentionSpec(
         records=records,
@@ -257,7 +85,7 @@ def plan_paged_attention(
         row_blocks=shape.row_blocks,
         queries=shape.queries,
         tile=shape.tile,
-        q_align=_stride_align(q),
+        q_align=stride_align(q),
         k_operand=operands.k,
         v_operand=operands.v,
         fold_v_scales=operands.v != "float32",
@@ -273,16 +101,27 @@ def plan_paged_attention(
         has_cu_seqlens=cu_seqlens_q is not None,
         programs=shape.programs,
     )
-    if is_decode:
-        return _plan_decode(spec, q, page_table, pages, shape)
-    return _plan_prefill(spec, q, page_table, pages, shape)
+    if queries is None:
+        return _plan_prefill(spec, q, page_table, pages, shape)
+    return _plan_decode(spec, q, page_table, pages, shape)
 
 
 _FAR = 2**30  # a window that hides nothing, and still an int32 when added to a position
 _DECODE_ROWS = 64  # more query rows a KV head than this take the prefill kernel
+_DECODE_WARPS_PER_SM = 8  # what fits: each thread uses nearly all the 255 registers it can have
+_MERGE_SPLITS = 32
 # From so many rows Hopper's dots take their right operand from shared memory. Narrow ones (less than 128 bytes) are
 # miscompiled by Triton 3.6: it computes negative shared-memory offsets.
 _MANY_ROWS = 64
+
+
+def _few_queries(cu_seqlens_q: ArraySpec | None, max_seqlen_q: int | None, group: int) -> int | None:
+    """The most queries of a sequence if the keys are to be split over programs, None if the queries are."""
+    if cu_seqlens_q is None:
+        return 1
+    if max_seqlen_q is not None and (max_seqlen_q == 1 or max_seqlen_q * group <= _DECODE_ROWS):
+        return max_seqlen_q
+    return None
 
 
 class _Operands(NamedTuple):
@@ -334,9 +173,6 @@ def _decode_shape(records: RecordSpec, group: int, queries: int, rows: int, devi
     )
 
 
-_DECODE_WARPS_PER_SM = 8  # what fits: each thread uses nearly all the 255 registers it can have
-
-
 def _prefill_shape(records: RecordSpec, group: int, rows: int) -> _AttentionShape:
     return _AttentionShape(
         rows=rows,
@@ -378,7 +214,7 @@ def _plan_decode(
         grid=(num_q_tokens * num_q_heads, 1, 1),
         scalars=(num_q_tokens, num_seqs, max_pages),
         outputs=_attention_outputs(q, records.v.head_dim),
-        constexprs=(("S", spec), ("SPLITS", 32)),
+        constexprs=(("S", spec), ("SPLITS", _MERGE_SPLITS)),
         num_warps=4,
         enable_fp_fusion=True,
     )
@@ -410,18 +246,6 @@ def _attend_scalars(spec: AttentionSpec, q: ArraySpec, page_table: ArraySpec, pa
 
 def _attention_outputs(q: ArraySpec, head_dim_v: int) -> tuple[Output, Output]:
     return Output((*q.shape[:2], head_dim_v), q.dtype), Output(q.shape[:2], "float32")
-
-
-def _records(layout: CacheLayout, pages: ArraySpec, device: DeviceFacts, least_dim: int = 16) -> RecordSpec:
-    num_heads = pages.shape[1]
-    # The stride of an axis of length 1 says nothing, and differs between frameworks.
-    page_stride = pages.strides[0] if pages.shape[0] > 1 else num_heads * layout.record_bytes
-    return record_spec(layout, num_heads, page_stride, device.caps, least_dim)
-
-
-def _stride_align(x: ArraySpec) -> int:
-    """The power of two, up to 16, that divides both outer strides: how far loads may be vectorized."""
-    return math.gcd(16, *x.strides[:2])
 
 
 def _power_of_two(n: int, least: int) -> int:

@@ -1,0 +1,15 @@
+"""Launch plans: what to launch for given shapes on a given device, decided in one place for both frameworks.
+
+Pure functions without a framework; equal arguments give equal plans. The launchers (`kvq_torch._triton`,
+`kvq_jax._triton`, `kvq_core.kernels.interpret`) execute a plan and decide nothing.
+"""
+
+from kvq_core.plan.attention import AttentionPlan as AttentionPlan
+from kvq_core.plan.attention import plan_paged_attention as plan_paged_attention
+from kvq_core.plan.cache import AppendPlan as AppendPlan
+from kvq_core.plan.cache import plan_append_kv as plan_append_kv
+from kvq_core.plan.cache import plan_copy_pages as plan_copy_pages
+from kvq_core.plan.cache import plan_gather_kv as plan_gather_kv
+from kvq_core.plan.launch import DeviceFacts as DeviceFacts
+from kvq_core.plan.launch import LaunchPlan as LaunchPlan
+from kvq_core.plan.launch import Output as Output

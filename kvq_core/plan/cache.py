@@ -1,0 +1,141 @@
+"""Plans of the ops that move rows and pages."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from kvq_core import arguments
+from kvq_core.arguments import ArraySpec
+from kvq_core.layout import CacheLayout
+from kvq_core.plan.launch import DeviceFacts, LaunchPlan, Output, cached, page_stride, pool_spec, stride_align
+from kvq_core.specs import AppendSpec, GatherSpec
+
+# Rows a program quantizes, and the most tokens whose duplicate slots one comparison [rows, tokens] can find.
+_APPEND_ROWS = 32
+_APPEND_SCAN = 256
+_CLAIM_TOKENS = 256
+_GATHER_TILE = 32
+_COPY_WORDS = 4096
+
+
+class AppendPlan(NamedTuple):
+    """The one or two launches of an append.
+
+    ``claim``, for calls of many tokens: (slot_mapping) -> (winners). ``append``: (k, v, slot_mapping, winners or
+    slot_mapping, k_scale, v_scale, pages) -> (pages).
+    """
+
+    claim: LaunchPlan | None
+    append: LaunchPlan
+
+
+@cached
+def plan_append_kv(
+    layout: CacheLayout,
+    pages: ArraySpec,
+    k: ArraySpec,
+    v: ArraySpec,
+    slot_mapping: ArraySpec,
+    device: DeviceFacts,
+) -> AppendPlan | None:
+    """Plan `append_kv`; None if there are no tokens.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: see `kvq_core.arguments.check_append_kv`.
+    """
+    arguments.check_append_kv(layout, pages, k, v, slot_mapping)
+    num_tokens, num_heads, _ = k.shape
+    num_pages = pages.shape[0]
+    if num_tokens == 0:
+        return None
+    k_align, v_align = stride_align(k), stride_align(v)
+    spec = AppendSpec(pool_spec(layout, pages, device), _APPEND_ROWS, k_align, v_align, _APPEND_SCAN)
+    append = LaunchPlan(
+        kernel="append_kv",
+        grid=(math.ceil(num_tokens * num_heads / spec.rows), 1, 1),
+        scalars=(
+            num_tokens,
+            num_pages,
+            *(stride // k_align for stride in k.strides[:2]),
+            *(stride // v_align for stride in v.strides[:2]),
+        ),
+        outputs=(Output(pages.shape, "uint8", alias=6),),
+        constexprs=(("S", spec),),
+        num_warps=4,
+    )
+    claim = _plan_claim(slot_mapping, num_pages * layout.page_size) if num_tokens > spec.scan else None
+    return AppendPlan(claim, append)
+
+
+def _plan_claim(slot_mapping: ArraySpec, num_slots: int) -> LaunchPlan:
+    (num_tokens,) = slot_mapping.shape
+    return LaunchPlan(
+        kernel="claim_slots",
+        grid=(math.ceil(num_tokens / _CLAIM_TOKENS), 1, 1),
+        scalars=(num_tokens, num_slots),
+        outputs=(Output((num_slots,), slot_mapping.dtype),),
+        constexprs=(("TOKENS", _CLAIM_TOKENS),),
+        num_warps=1,
+    )
+
+
+@cached
+def plan_gather_kv(
+    layout: CacheLayout,
+    pages: ArraySpec,
+    page_table: ArraySpec,
+    seq_lens: ArraySpec,
+    dtype: str,
+    device: DeviceFacts,
+) -> LaunchPlan | None:
+    """Plan `gather_kv`: (pages, k_scale, v_scale, page_table, seq_lens) -> (k, v); None if the result is empty.
+
+    Raises:
+        ValueError, TypeError: see `kvq_core.arguments.check_gather_kv`.
+    """
+    arguments.check_gather_kv(layout, pages, page_table, seq_lens, dtype)
+    num_seqs, max_pages = page_table.shape
+    num_heads = pages.shape[1]
+    tokens = max_pages * layout.page_size
+    if num_seqs * tokens == 0:
+        return None
+    spec = GatherSpec(pool_spec(layout, pages, device), _GATHER_TILE, dtype)
+    return LaunchPlan(
+        kernel="gather_kv",
+        grid=(num_seqs * num_heads * math.ceil(tokens / spec.tile), 1, 1),
+        scalars=(pages.shape[0], max_pages),
+        outputs=tuple(
+            Output((num_seqs, tokens, num_heads, dim), dtype) for dim in (layout.head_dim, layout.head_dim_v)
+        ),
+        constexprs=(("S", spec),),
+        num_warps=4,
+    )
+
+
+@cached
+def plan_copy_pages(pages: ArraySpec, src: ArraySpec, dst: ArraySpec, device: DeviceFacts) -> LaunchPlan | None:
+    """Plan `copy_pages`: (src, dst, pages) -> (pages); None if there are no pairs.
+
+    Raises:
+        ValueError, TypeError: see `kvq_core.arguments.check_copy_pages`.
+    """
+    del device  # one plan serves all
+    arguments.check_copy_pages(pages, src, dst)
+    (num_pairs,) = src.shape
+    num_pages, num_heads, record_bytes = pages.shape
+    if num_pairs == 0:
+        return None
+    page_words = num_heads * record_bytes // 4
+    return LaunchPlan(
+        kernel="copy_pages",
+        grid=(num_pairs * math.ceil(page_words / _COPY_WORDS), 1, 1),
+        scalars=(num_pairs, num_pages),
+        outputs=(Output(pages.shape, "uint8", alias=2),),
+        constexprs=(
+            ("PAGE_WORDS", page_words),
+            ("PAGE_STRIDE_WORDS", page_stride(pages) // 4),
+            ("CHUNK", _COPY_WORDS),
+        ),
+        num_warps=4,
+    )

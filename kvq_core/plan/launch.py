@@ -1,0 +1,72 @@
+"""What a launch plan is: all that a kernel launch needs but the arrays."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvq_core.arguments import ArraySpec
+from kvq_core.layout import CacheLayout
+from kvq_core.specs import RecordSpec, record_spec
+
+# Wraps the planning functions: equal calls get the same plan.
+cached = functools.lru_cache(maxsize=4096)
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What a plan depends on: ``backend`` "cuda", "hip" or "interpreter", ``arch`` (90 for sm_90), multiprocessors."""
+
+    backend: str
+    arch: int
+    num_sms: int
+
+    @property
+    def caps(self) -> str:
+        """Which codecs run: see `kvq_core.kernels.codec`."""
+        if self.backend != "cuda":
+            return "portable"
+        return "ptx_fp8" if self.arch >= 89 else "ptx"
+
+
+class Output(NamedTuple):
+    """An output of a launch: a new buffer, or (``alias``) the array input of that index, updated in place."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    alias: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LaunchPlan:
+    """One launch of ``kvq_core.kernels.<kernel>``: arrays, ``scalars``, outputs, then ``constexprs`` by name.
+
+    Plans are cached, so a plan hashes by identity, and a launcher can keep what it compiled for one.
+    """
+
+    kernel: str
+    grid: tuple[int, int, int]
+    scalars: tuple[int, ...]
+    outputs: tuple[Output, ...]
+    constexprs: tuple[tuple[str, Hashable], ...]
+    num_warps: int
+    num_stages: int = 1
+    enable_fp_fusion: bool = False
+
+
+def pool_spec(layout: CacheLayout, pages: ArraySpec, device: DeviceFacts, least_dim: int = 16) -> RecordSpec:
+    """The records of ``pages`` as kernels see them."""
+    return record_spec(layout, pages.shape[1], page_stride(pages), device.caps, least_dim)
+
+
+def page_stride(pages: ArraySpec) -> int:
+    """Bytes from page to page. The stride of an axis of length 1 says nothing, and differs between frameworks."""
+    return pages.strides[0] if pages.shape[0] > 1 else math.prod(pages.shape[1:])
+
+
+def stride_align(x: ArraySpec) -> int:
+    """The power of two, up to 16, that divides both outer strides: how far loads may be vectorized."""
+    return math.gcd(16, *x.strides[:2])
