@@ -14,7 +14,14 @@ dots on the four quarters of a row. Many rows take V from shared memory after it
 import triton
 import triton.language as tl
 
-from kvq_core.kernels.codec import approximate_log2, approximate_reciprocal, decode_bytes, decode_words
+from kvq_core.kernels.codec import (
+    approximate_log2,
+    approximate_reciprocal,
+    bias_of,
+    decode_biased,
+    decode_bytes,
+    decode_words,
+)
 from kvq_core.kernels.pages import load_page_ids, record_offsets, row_offsets, scale_ptrs, typed_ptr
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -24,8 +31,11 @@ MIN_SCALE = tl.constexpr(7.888609052210118e-31)  # 2^-100
 
 @triton.jit
 def load_queries(q_ptr, k_scale_ptr, alibi_slopes_ptr, token, q_head, q_pos, valid, strides, S: tl.constexpr):
-    """Rows of q as a dot operand, with what turns dots into scores: (q, row_scale, slope, q_pos)."""
+    """Rows of q as a dot operand, with what turns dots into scores: (q, row_scale, row_offset, slope, q_pos)."""
     R: tl.constexpr = S.records
+    MODE: tl.constexpr = R.k.mode
+    CAPS: tl.constexpr = R.caps
+    OPERAND: tl.constexpr = S.k_operand
     d = tl.arange(0, R.k.padded_dim)
     stride_token, stride_head = strides
     element = token.to(tl.int64) * (stride_token.to(tl.int64) * S.q_align) + q_head.to(tl.int64) * (
@@ -42,7 +52,9 @@ def load_queries(q_ptr, k_scale_ptr, alibi_slopes_ptr, token, q_head, q_pos, val
     slope = tl.zeros_like(row_scale)
     if S.has_alibi:
         slope = tl.load(alibi_slopes_ptr + q_head, mask=valid, other=0.0) * LOG2E
-    return to_k_operand(q, S), row_scale, slope, q_pos
+    q = to_k_operand(q, S)
+    row_offset = tl.sum(q.to(tl.float32), axis=1) * row_scale * -bias_of(MODE, CAPS, OPERAND)
+    return q, row_scale, row_offset, slope, q_pos
 
 
 @triton.jit
@@ -183,17 +195,19 @@ def _scores(query, pages_ptr, records, offset, token, S: tl.constexpr):
     K: tl.constexpr = S.records.k
     MODE: tl.constexpr = K.mode
     CAPS: tl.constexpr = S.records.caps
-    q, row_scale, slope, q_pos = query
+    OPERAND: tl.constexpr = S.k_operand
+    q, row_scale, row_offset, slope, q_pos = query
     d = tl.arange(0, K.padded_dim)
     element = tl.multiple_of(row_offsets(records, offset, K) // K.code_bytes, 16 // K.code_bytes)
-    elements = element[None, :] + d[:, None]
     if K.code_bytes == 1:
-        codes = _load_rows(pages_ptr + elements, (d < K.head_dim)[:, None], K.padded_dim != K.head_dim)
-        k = decode_bytes(codes, MODE, CAPS)
+        codes = _load_rows(
+            (pages_ptr + d)[:, None] + element[None, :], (d < K.head_dim)[:, None], K.padded_dim != K.head_dim
+        )
+        k = decode_biased(codes, MODE, CAPS, OPERAND)
     else:
-        ptrs = typed_ptr(pages_ptr, MODE) + elements
+        ptrs = (typed_ptr(pages_ptr, MODE) + d)[:, None] + element[None, :]
         k = _load_rows(ptrs, (d < K.head_dim)[:, None], K.padded_dim != K.head_dim)
-    x = tl.dot(q, to_k_operand(k, S), input_precision="ieee") * row_scale[:, None]
+    x = tl.dot(q, to_k_operand(k, S), input_precision="ieee") * row_scale[:, None] + row_offset[:, None]
     if K.per_token_head:
         x = x * tl.load(scale_ptrs(pages_ptr, records, offset, K))[None, :]
     if S.softcap > 0:
@@ -235,7 +249,7 @@ def _tanh(x):
 
 @triton.jit
 def _visible(query, token, exists, S: tl.constexpr):
-    _, _, _, q_pos = query
+    _, _, _, _, q_pos = query
     visible = tl.broadcast_to(exists[None, :], [S.rows, S.tile])
     if S.causal:
         visible = visible & (token[None, :] <= q_pos[:, None])
@@ -263,7 +277,7 @@ def _load_v(pages_ptr, records, offset, exists, MASKED: tl.constexpr, S: tl.cons
     elif V.code_bytes == 1:
         word = tl.multiple_of(row_offsets(records, offset, V) // 4, 4)
         words_ptr = pages_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-        words = _load_rows(words_ptr + word[:, None] + c[None, :], mask, PARTIAL)
+        words = _load_rows((words_ptr + c)[None, :] + word[:, None], mask, PARTIAL)
         v0, v1, v2, v3 = decode_words(words, MODE, CAPS)
         parts = (to_v_operand(v0, S), to_v_operand(v1, S), to_v_operand(v2, S), to_v_operand(v3, S))
     elif S.v_parts == 1:

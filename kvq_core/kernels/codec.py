@@ -192,6 +192,37 @@ def _e4m3_bytes_portable(codes):
     return tl.where((bits & 0x7F) == 0x7F, float("nan"), values).to(tl.float16)
 
 
+@triton.constexpr_function
+def bias_of(MODE, CAPS, OPERAND):
+    """What `decode_biased` adds to every value."""
+    is_biased = MODE == "int8_per_token_head" and CAPS != "portable" and OPERAND == "float16"
+    return 1152.0 if is_biased else 0.0
+
+
+@triton.jit
+def decode_biased(codes, MODE: tl.constexpr, CAPS: tl.constexpr, OPERAND: tl.constexpr):
+    """`decode_bytes` plus `bias_of`: (byte ^ 0x80) | 0x6400 is the float16 1152 + x, and the subtraction can wait."""
+    if bias_of(MODE, CAPS, OPERAND) == 0.0:
+        values = decode_bytes(codes, MODE, CAPS)
+    else:
+        values = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 t;
+            xor.b32 t, $2, 0x80808080;
+            prmt.b32 $0, t, 0x64646464, 0x4140;
+            prmt.b32 $1, t, 0x64646464, 0x4342;
+            }
+            """,
+            "=&r,=r,r",
+            [codes],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+    return values
+
+
 @triton.jit
 def _int8_bytes_ptx(codes):
     """(byte ^ 0x80) | 0x6400 is the float16 1152 + x; four codes per register."""

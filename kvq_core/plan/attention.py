@@ -166,9 +166,9 @@ def _decode_shape(records: RecordSpec, group: int, queries: int, rows: int, devi
         rows=rows,
         row_blocks=row_blocks,
         queries=queries,
-        tile=_tile(records),
+        tile=_tile(records, 2**14 * num_warps, most=128 if rows == 16 else 64),
         num_warps=num_warps,
-        num_stages=2,
+        num_stages=2 if max(records.k.code_bytes, records.v.code_bytes) == 1 else 3,
         programs=max(1, programs // (records.num_kv_heads * row_blocks)),
     )
 
@@ -178,17 +178,17 @@ def _prefill_shape(records: RecordSpec, group: int, rows: int) -> _AttentionShap
         rows=rows,
         row_blocks=1,
         queries=rows // group,
-        tile=_tile(records),
+        tile=_tile(records, 2**15, most=64),
         num_warps=4 if max(records.k.padded_dim, records.v.padded_dim) <= 256 else 8,
         num_stages=2,
         programs=1,
     )
 
 
-def _tile(records: RecordSpec) -> int:
-    """Keys a step: 32 KiB of K and V, at most 64 keys, at least the 16 that a dot takes."""
+def _tile(records: RecordSpec, step_bytes: int, most: int) -> int:
+    """Keys a step: about ``step_bytes`` of K and V, at least the 16 keys that a dot takes."""
     key_bytes = sum(side.padded_dim * side.code_bytes for side in (records.k, records.v))
-    return max(16, min(64, 2**15 // key_bytes))
+    return max(16, min(most, 1 << (step_bytes // key_bytes).bit_length() - 1))
 
 
 def _plan_decode(

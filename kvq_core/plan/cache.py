@@ -12,7 +12,7 @@ from kvq_core.plan.launch import DeviceFacts, LaunchPlan, Output, cached, page_s
 from kvq_core.specs import AppendSpec, GatherSpec
 
 # Rows a program quantizes, and the most tokens whose duplicate slots one comparison [rows, tokens] can find.
-_APPEND_ROWS = 32
+_APPEND_ROWS = 16
 _APPEND_SCAN = 256
 _CLAIM_TOKENS = 256
 _GATHER_TILE = 32

@@ -1,0 +1,1 @@
+"""Benchmarks of kvq against its peers and the bandwidth of the machine: `python -m bench` on a GPU host."""

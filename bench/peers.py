@@ -1,0 +1,95 @@
+"""FlashInfer: paged decode on tensor cores and paged FA3 prefill. Its plan is made outside of what is timed."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from bench import pools
+from bench.cases import BF16, FP8_TENSOR, DecodeCase, uniform
+
+WORKSPACE_BYTES = 256 * 2**20
+TOLERANCE = {BF16: 1e-2, FP8_TENSOR: 1e-1}  # relative, against kvq's bfloat16 on the same values: is it the same problem
+_DTYPES = {BF16: torch.bfloat16, FP8_TENSOR: torch.float8_e4m3fn}
+
+
+def is_installed() -> bool:
+    return importlib.util.find_spec("flashinfer") is not None
+
+
+def compile_in_background(decodes: Iterable[DecodeCase], prefill_head_dims: Iterable[int]) -> list[Future]:
+    """Start FlashInfer's compilations, 40 to 130 s each, side by side; wait for the futures before timing."""
+    modules = {(mode, case.head_dim) for case in decodes for mode in case.peers}
+    pool = ThreadPoolExecutor(max_workers=8)
+    futures = [pool.submit(_compile_prefill, head_dim) for head_dim in prefill_head_dims]
+    futures += [pool.submit(_compile_decode, *module) for module in sorted(modules)]
+    pool.shutdown(wait=False)
+    return futures
+
+
+def decode_calls(case: DecodeCase, mode: str, qs: list[torch.Tensor]) -> list[Callable[[], torch.Tensor]]:
+    """One call for every q, each on a pool of its own."""
+    import flashinfer
+
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(_workspace(), "NHD", use_tensor_cores=True)
+    wrapper.plan(
+        *_page_lists(case),
+        case.num_q_heads,
+        case.num_kv_heads,
+        case.head_dim,
+        case.page_size,
+        q_data_type=torch.bfloat16,
+        kv_data_type=_DTYPES[mode],
+    )
+    pools_ = [pools.flashinfer_pool(case, mode, seed) for seed in range(len(qs))]
+    return [
+        functools.partial(wrapper.run, q, pool, out=torch.empty_like(q)) for q, pool in zip(qs, pools_, strict=True)
+    ]
+
+
+def prefill_calls(case: DecodeCase, qs: list[torch.Tensor]) -> list[Callable[[], torch.Tensor]]:
+    """Causal prefill of one sequence in bfloat16 through FA3."""
+    import flashinfer
+
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspace(), "NHD", backend="fa3")
+    wrapper.plan(
+        torch.tensor([0, case.queries], dtype=torch.int32, device="cuda"),
+        *_page_lists(case),
+        case.num_q_heads,
+        case.num_kv_heads,
+        case.head_dim,
+        case.page_size,
+        causal=True,
+        q_data_type=torch.bfloat16,
+        kv_data_type=torch.bfloat16,
+    )
+    pools_ = [pools.flashinfer_pool(case, BF16, seed) for seed in range(len(qs))]
+    return [functools.partial(wrapper.run, q, pool) for q, pool in zip(qs, pools_, strict=True)]
+
+
+def _page_lists(case: DecodeCase) -> list[torch.Tensor]:
+    """The page table as FlashInfer takes it: starts, ids one sequence after the other, tokens of the last pages."""
+    table = pools.page_table(case)
+    ids = np.concatenate([row[:count] for row, count in zip(table, case.pages_of, strict=True)])
+    last = [(seq_len - 1) % case.page_size + 1 for seq_len in case.seq_lens]
+    lists = np.cumsum([0, *case.pages_of]), ids, np.array(last)
+    return [torch.from_numpy(x.astype(np.int32)).cuda() for x in lists]
+
+
+def _workspace() -> torch.Tensor:
+    return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
+
+
+def _compile_decode(mode: str, head_dim: int) -> None:
+    case = uniform(1, 1024, head_dim=head_dim)
+    decode_calls(case, mode, [pools.queries(case, 0)])[0]()
+
+
+def _compile_prefill(head_dim: int) -> None:
+    case = DecodeCase("", (1024,), head_dim=head_dim, queries=1024)
+    prefill_calls(case, [pools.queries(case, 0)])[0]()
