@@ -1,5 +1,6 @@
 PYTHON ?= python3
 WORKERS ?= 2
+GPU_WORKERS ?= 8
 
 VENV := .venv/bin
 # One thread a worker: torch and BLAS would otherwise start one per core in each of them.
@@ -37,7 +38,7 @@ lint: setup
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/pyright
 
 test-gpu: gpu-site
-	$(GPU_ENV) $(PYTHON) -m pytest tests -m gpu -q --durations=5
+	$(GPU_ENV) $(PYTHON) -m pytest tests -m gpu -q -n $(GPU_WORKERS) -p no:benchmark --durations=5
 
 bench: gpu-site
 	$(GPU_ENV) $(PYTHON) -m bench

@@ -5,19 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
 import kvq_torch
-from bench import gate, pools
-from bench.cases import FP8, INT8, AppendCase, DecodeCase
+from bench import gate, pools, tables
+from bench.cases import INT8, AppendCase, DecodeCase
 from bench.rows import TORCH, Bar, Row
 from bench.timing import COLD_BYTES, device_time, host_time
-from tests.backends import from_torch
 
-APPEND_MODES = (INT8, FP8)
 HOST_US = 60.0
-_DECODE_TOKENS = 256  # so few come one from each sequence, more are a prompt
 
 
 def measure(case: AppendCase) -> Iterator[Row]:
@@ -27,11 +23,11 @@ def measure(case: AppendCase) -> Iterator[Row]:
         RedGateError: a byte is wrong.
     """
     num_sets = case.num_sets(COLD_BYTES)
-    slots, num_pages = slot_mapping(case)
+    slots, num_pages = tables.slot_mapping(case)
     slots = torch.from_numpy(slots).cuda()
     shape = case.num_tokens, case.num_kv_heads, case.head_dim
     rows = [[torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2)] for _ in range(num_sets)]
-    for mode in APPEND_MODES:
+    for mode in case.modes:
         caches = [kvq_torch.KVCache(case.layout(mode), num_pages, device="cuda") for _ in range(num_sets)]
         calls = [
             functools.partial(kvq_torch.append_kv_, cache, *kv, slots) for cache, kv in zip(caches, rows, strict=True)
@@ -42,20 +38,10 @@ def measure(case: AppendCase) -> Iterator[Row]:
         yield Row("append", case.name, TORCH, mode, timing, case.shape(), case.num_bytes(mode), bar=case.bar)
 
 
-def slot_mapping(case: AppendCase) -> tuple[np.ndarray, int]:
-    """Slots of the tokens, and the pages of the pool: one token a page for a decoding batch, else pages in full."""
-    draw, page_size = np.random.default_rng(0), case.page_size
-    if case.num_tokens <= _DECODE_TOKENS:
-        pages = draw.permutation(case.num_tokens)
-        return pages * page_size + draw.integers(0, page_size, case.num_tokens), case.num_tokens
-    pages = draw.permutation(case.num_tokens // page_size)
-    return (pages[:, None] * page_size + np.arange(page_size)).reshape(-1), len(pages)
-
-
 def measure_host(case: DecodeCase) -> Iterator[Row]:
     """The host's time for one append of a token a sequence and one attention, launched without a graph."""
     cache, q = pools.kvq_cache(case, INT8, 0), pools.queries(case, 0)
-    table = torch.from_numpy(pools.page_table(case)).cuda()
+    table = torch.from_numpy(tables.page_table(case)).cuda()
     seq_lens = torch.tensor(case.seq_lens, dtype=torch.int32).cuda()
     kv = torch.randn(len(case.seq_lens), case.num_kv_heads, case.head_dim, dtype=torch.bfloat16, device="cuda")
     slots = torch.arange(len(case.seq_lens), device="cuda")
@@ -68,8 +54,8 @@ def measure_host(case: DecodeCase) -> Iterator[Row]:
 
 
 def _check(case: AppendCase, mode: str, cache: kvq_torch.KVCache, kv: list[torch.Tensor], slots: torch.Tensor) -> None:
-    """Against eager PyTorch, which the small gate and the tests hold to the reference; numpy would take minutes."""
+    """The whole pool against eager PyTorch, which the tests hold to the reference; numpy would take minutes."""
     want = kvq_torch.KVCache(cache.layout, cache.num_pages, device="cuda")
-    kvq_torch.append_kv_(want, *kv, slots, impl="eager")
-    if not torch.equal(cache.pages, want.pages):
-        gate.check_equal_bytes(f"full size, {case.name} {mode}", from_torch(cache.pages), from_torch(want.pages))
+    kvq_torch.append_kv_(want, kv[0], kv[1], slots, impl="eager")
+    num_wrong = int((cache.pages != want.pages).sum())
+    gate.check_close(f"full size, {case.name} {mode}, share of bytes that differ", num_wrong / want.pages.numel(), 0.0)

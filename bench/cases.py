@@ -7,8 +7,8 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kvq_core import CacheLayout
 from bench.rows import FLASHINFER, TORCH, Bar, Key
+from kvq_core import CacheLayout
 
 INT8, FP8, BF16 = "int8_per_token_head", "fp8_per_token_head", "bfloat16"
 FP8_TENSOR = "fp8_e4m3"  # FlashInfer's quantized cache: one scale for all
@@ -41,9 +41,7 @@ class DecodeCase:
     versus: str | None = None
 
     def layout(self, mode: str) -> CacheLayout:
-        return CacheLayout(
-            mode, page_size=self.page_size, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim
-        )
+        return CacheLayout(mode, page_size=self.page_size, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
 
     @property
     def pages_of(self) -> tuple[int, ...]:
@@ -97,10 +95,11 @@ class DecodeCase:
 
 @dataclass(frozen=True)
 class AppendCase:
-    """Quantize-on-write of ``num_tokens`` tokens. ``bar``: on the int8 and fp8 rows."""
+    """Quantize-on-write of ``num_tokens`` tokens. ``bar``: on every row."""
 
     num_tokens: int
     bar: Bar | None = None
+    modes: tuple[str, ...] = (INT8, FP8)
     num_kv_heads: int = 8
     head_dim: int = 128
     page_size: int = 16
@@ -110,9 +109,7 @@ class AppendCase:
         return f"append {self.num_tokens}"
 
     def layout(self, mode: str) -> CacheLayout:
-        return CacheLayout(
-            mode, page_size=self.page_size, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim
-        )
+        return CacheLayout(mode, page_size=self.page_size, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
 
     def num_bytes(self, mode: str) -> float:
         """bfloat16 rows read and records written."""
@@ -184,7 +181,7 @@ DECODE = (
     _ragged(),
     uniform(1, 1 * K, bar=1.0),
     uniform(4, 1 * K, bar=1.0),
-    uniform(64, 8 * K, "table x64", table_factor=64, peers=(), versus="64x8k"),
+    uniform(64, 8 * K, "table x64", table_factor=64, peers=(), versus="64x8k", bar=1.05, bf16_bar=1.05),
 )
 SWEEP_BATCH, SWEEP_CONTEXT = 8, 8 * K
 SWEEP = (

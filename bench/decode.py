@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 import kvq_torch
-from bench import gate, peers, pools
+from bench import gate, peers, pools, tables
 from bench.cases import BF16, DecodeCase
 from bench.rows import FLASHINFER, TORCH, Row
 from bench.timing import COLD_BYTES, device_time
@@ -25,14 +25,14 @@ def measure(section: str, case: DecodeCase, with_peers: bool) -> Iterator[Row]:
     """
     num_sets = case.num_sets(COLD_BYTES)
     qs = [pools.queries(case, seed) for seed in range(num_sets)]
-    tables = [torch.from_numpy(pools.page_table(case)).cuda(), torch.tensor(case.seq_lens, dtype=torch.int32).cuda()]
+    where = torch.from_numpy(tables.page_table(case)).cuda(), torch.tensor(case.seq_lens, dtype=torch.int32).cuda()
     expected = None
     for mode in case.modes:
         caches = [pools.kvq_cache(case, mode, seed) for seed in range(num_sets)]
         run = functools.partial(kvq_torch.paged_attention, **options(case))
-        out = check(case, mode, run, qs[0], caches[0], tables)
+        out = check(case, mode, run, qs[0], caches[0], *where)
         expected = out if mode == BF16 else expected
-        timing = device_time([functools.partial(run, q, cache, *tables) for q, cache in zip(qs, caches, strict=True)])
+        timing = device_time([functools.partial(run, q, cache, *where) for q, cache in zip(qs, caches, strict=True)])
         yield Row(
             section,
             case.name,
@@ -57,16 +57,24 @@ def options(case: DecodeCase) -> dict[str, Any]:
     return {"window": case.window, "cu_seqlens_q": starts, "max_seqlen_q": case.queries}
 
 
-def check(case: DecodeCase, mode: str, run, q: torch.Tensor, cache: kvq_torch.KVCache, tables) -> torch.Tensor:
+def check(
+    case: DecodeCase,
+    mode: str,
+    run: Callable,
+    q: torch.Tensor,
+    cache: kvq_torch.KVCache,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+) -> torch.Tensor:
     """Run once, hold a few heads against the reference and return the values.
 
     Raises:
         RedGateError: they are wrong.
     """
-    out, lse = run(q, cache, *tables, return_lse=True)
+    out, lse = run(q, cache, page_table, seq_lens, return_lse=True)
     for seq, head in gate.sampled(case):
         rows, heads, columns = gate.head_slices(case, seq, head)
-        pages = cache.pages[tables[0][seq, columns].long(), head : head + 1]
+        pages = cache.pages[page_table[seq, columns].long(), head : head + 1]
         got = Attention(from_torch(out[rows, heads]), from_torch(lse[rows, heads]))
         gate.check_full(case, mode, seq, from_torch(q[rows, heads]), from_torch(pages), got)
     return out

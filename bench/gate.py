@@ -10,7 +10,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from bench.cases import AppendCase as AppendBenchCase
 from bench.cases import DecodeCase
+from kvq_core import reference
 from tests import backends
 from tests.case_types import AppendCase, AttentionCase, AttentionInputs
 from tests.compare import Attention, assert_no_worse_than_naive, assert_same_bytes
@@ -21,7 +23,7 @@ class RedGateError(Exception):
     """A result that is wrong."""
 
 
-def check_small(backend: backends.Backend, case: DecodeCase, mode: str) -> None:
+def check_small(backend: backends.TorchBackend | backends.JaxBackend, case: DecodeCase, mode: str) -> None:
     """The layout, heads and options of ``case`` on short sequences: bytes and attention against the reference.
 
     Raises:
@@ -43,10 +45,10 @@ def check_small(backend: backends.Backend, case: DecodeCase, mode: str) -> None:
         v_exponents=(-4, 4),
     )
     with _gate(f"{backend.name}, small, {name}"):
-        inputs = append.inputs()
-        got, want = (b.append(layout, *inputs, (1.0, 1.0)) for b in (backend, backends.NUMPY))
+        got, want = (b.append(layout, *append.inputs(), (1.0, 1.0)) for b in (backend, backends.NUMPY))
         assert_same_bytes(got, want, layout)
-        _check_attention(attention, attention.inputs(), backend.attention(layout, attention.inputs(), attention.options()))
+        inputs = attention.inputs()
+        _check_attention(attention, inputs, backend.attention(layout, inputs, attention.options()))
 
 
 def check_full(case: DecodeCase, mode: str, seq: int, q: np.ndarray, pages: np.ndarray, got: Attention) -> None:
@@ -81,6 +83,19 @@ def check_full(case: DecodeCase, mode: str, seq: int, q: np.ndarray, pages: np.n
         _check_attention(attention, inputs, got)
 
 
+def check_append(case: AppendBenchCase, mode: str, k: np.ndarray, v: np.ndarray, pages: np.ndarray) -> None:
+    """Pages ``[n, num_kv_heads, record_bytes]`` that hold the tokens of k and v, in order, of a full-size call.
+
+    Raises:
+        RedGateError: a byte differs from the reference.
+    """
+    layout = case.layout(mode)
+    want = np.zeros_like(pages)
+    reference.append_kv(layout, want, k, v, np.arange(len(k)))
+    with _gate(f"full size, {case.name} {mode}"):
+        assert_same_bytes(pages, want, layout)
+
+
 def check_close(what: str, error: float, allowed: float) -> None:
     """Refuse a relative error above ``allowed``, NaN included.
 
@@ -89,16 +104,6 @@ def check_close(what: str, error: float, allowed: float) -> None:
     """
     with _gate(what):
         assert error <= allowed, f"relative error {error:.3e}, allowed {allowed:.3e}"
-
-
-def check_equal_bytes(what: str, got: np.ndarray, want: np.ndarray) -> None:
-    """Refuse bytes that differ.
-
-    Raises:
-        RedGateError: they do.
-    """
-    with _gate(what):
-        assert_same_bytes(got, want)
 
 
 def sampled(case: DecodeCase) -> list[tuple[int, int]]:

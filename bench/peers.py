@@ -10,11 +10,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from bench import pools
+from bench import pools, tables
 from bench.cases import BF16, FP8_TENSOR, DecodeCase, uniform
 
 WORKSPACE_BYTES = 256 * 2**20
-TOLERANCE = {BF16: 1e-2, FP8_TENSOR: 1e-1}  # relative, against kvq's bfloat16 on the same values: is it the same problem
+TOLERANCE = {
+    BF16: 1e-2,
+    FP8_TENSOR: 1e-1,
+}  # relative, against kvq's bfloat16 on the same values: is it the same problem
 _DTYPES = {BF16: torch.bfloat16, FP8_TENSOR: torch.float8_e4m3fn}
 
 
@@ -74,7 +77,7 @@ def prefill_calls(case: DecodeCase, qs: list[torch.Tensor]) -> list[Callable[[],
 
 def _page_lists(case: DecodeCase) -> list[torch.Tensor]:
     """The page table as FlashInfer takes it: starts, ids one sequence after the other, tokens of the last pages."""
-    table = pools.page_table(case)
+    table = tables.page_table(case)
     ids = np.concatenate([row[:count] for row, count in zip(table, case.pages_of, strict=True)])
     last = [(seq_len - 1) % case.page_size + 1 for seq_len in case.seq_lens]
     lists = np.cumsum([0, *case.pages_of]), ids, np.array(last)

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
 import kvq_torch
 from bench.cases import FP8_TENSOR, DecodeCase
 
 CHUNK_TOKENS = 2**17
-
-
-def page_table(case: DecodeCase) -> np.ndarray:
-    """int32 ``[num_seqs, max_pages]``: the pages of the pool in random order, then -1, which nothing may read."""
-    ids = iter(np.random.default_rng(0).permutation(case.num_pages).astype(np.int32))
-    table = np.full((len(case.seq_lens), max(case.pages_of) * case.table_factor), -1, np.int32)
-    for row, count in zip(table, case.pages_of, strict=True):
-        row[:count] = [next(ids) for _ in range(count)]
-    return table
 
 
 def queries(case: DecodeCase, seed: int) -> torch.Tensor:

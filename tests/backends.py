@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 from kvq_core import CacheLayout, reference
 from kvq_core.codec import encode_rows
@@ -163,6 +164,18 @@ ON_GPU = (
     TorchBackend("torch-eager-gpu", "eager", "cuda"),
 )
 ALL = (*IN_PROCESS, *INTERPRETED, *ON_GPU)
+
+
+def marks_of(backend: Backend) -> tuple:
+    """The markers of a test on ``backend``: which process runs it."""
+    if backend in ON_GPU:
+        return (pytest.mark.gpu,)
+    return (pytest.mark.interpreter,) if backend in INTERPRETED else ()
+
+
+parametrize_backends = pytest.mark.parametrize(
+    "backend", [pytest.param(backend, id=backend.name, marks=marks_of(backend)) for backend in ALL]
+)
 
 
 def has_gpu() -> bool:

@@ -2,7 +2,9 @@
 
 Cases that share a layout and options share compiled kernels, so a new case should vary values, lengths and tables
 before it varies shapes. Tags: a "large" case takes the interpreter too long; a "callback" case also goes through the
-interpreter in a JAX callback, where the kernels are those of the others and only the launcher is new.
+interpreter in a JAX callback, where the kernels are those of the others and only the launcher is new. A "sweep" case
+crosses what others cover one by one: compiled kernels and eager torch take it, the interpreter and XLA (which compiles
+each shape for a second) do not.
 """
 
 from __future__ import annotations
@@ -46,11 +48,17 @@ HEAD_DIMS = (
 )
 PAGE_SIZES = (1, 5, 8, 24, 32, 64, 128)
 SCALES = {"k_scale": 0.37, "v_scale": 1.7}  # of per-tensor modes; others ignore them
-CALLBACK, LARGE = frozenset({"callback"}), frozenset({"large"})
+CALLBACK, LARGE, SWEEP = frozenset({"callback"}), frozenset({"large"}), frozenset({"sweep"})
 
 
 def layout_of(mode: str = INT8, page: int = 16, heads: int = 2, dim: int = 64, dim_v: int | None = None) -> CacheLayout:
     return CacheLayout(mode, page_size=page, num_kv_heads=heads, head_dim=dim, head_dim_v=dim_v)
+
+
+def _thinned(all_cases):
+    """Every second case of a product is tagged a sweep."""
+    for i, case in enumerate(all_cases):
+        yield dataclasses.replace(case, tags=case.tags | SWEEP) if i % 2 else case
 
 
 def _append_cases():
@@ -136,7 +144,10 @@ def _attention_modes():
     for kind, mode in itertools.product(KINDS, (*MODES, *PAIRS)):
         yield AttentionCase(f"{kind}-{mode}", layout_of(mode), **KINDS[kind], **SCALES, tags=CALLBACK)
     for kind, mode, q_dtype in itertools.product(BOTH, (INT8, FP8, "fp8_e5m2", *DTYPES), ("float16", "float32")):
-        yield AttentionCase(f"{kind}-{mode}-q-{q_dtype}", layout_of(mode), q_dtype=q_dtype, **KINDS[kind], **SCALES)
+        tags = SWEEP if (kind == "decode") == (q_dtype == "float16") else frozenset()
+        yield AttentionCase(
+            f"{kind}-{mode}-q-{q_dtype}", layout_of(mode), q_dtype=q_dtype, **KINDS[kind], **SCALES, tags=tags
+        )
 
 
 def _attention_shapes():
@@ -276,9 +287,9 @@ GATHER_CASES = tuple(_gather_cases())
 COPY_CASES = tuple(_copy_cases())
 ATTENTION_CASES = (
     *_attention_modes(),
-    *_attention_shapes(),
-    *_attention_options(),
-    *_attention_amplitudes(),
+    *_thinned(_attention_shapes()),
+    *_thinned(_attention_options()),
+    *_thinned(_attention_amplitudes()),
     *_attention_traps(),
     *_attention_calls(),
 )

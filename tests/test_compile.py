@@ -69,7 +69,9 @@ def test_every_kernel_compiles_for_every_gpu(name, mode):
 def test_append_divides_and_rounds_as_ieee_754(mode):
     """A contracted multiply-add would round once where the format rounds twice; an approximate quotient, wrongly."""
     opcodes = instructions(ptx_of("append_kv", mode))
-    assert not [opcode for opcode in opcodes if opcode.startswith(("fma.", "mad.rn.f", "div.full", "div.approx", "rcp."))]
+    assert not [
+        opcode for opcode in opcodes if opcode.startswith(("fma.", "mad.rn.f", "div.full", "div.approx", "rcp."))
+    ]
     assert not [opcode for opcode in opcodes if ".ftz" in opcode]
     assert ("div.rn.f32" in opcodes) == KVQuantMode(mode).is_quantized
 
@@ -86,7 +88,9 @@ def test_float8_is_cast_in_hardware_where_there_is_such_a_cast(name, has_cast):
 @pytest.mark.parametrize("kernel", ["attend_segments", "attend_queries"])
 def test_attention_reads_codes_in_16_bytes_and_no_operand_byte_by_byte(kernel, mode):
     ptx = ptx_of(kernel, mode)
-    assert re.search(r"cp\.async\.cg\.shared\.global \[.*?\], \[.*?\], (0x)?10|cp\.async\.cg\.shared\.global .*, 16", ptx)
+    assert re.search(
+        r"cp\.async\.cg\.shared\.global \[.*?\], \[.*?\], (0x)?10|cp\.async\.cg\.shared\.global .*, 16", ptx
+    )
     narrow = [opcode for opcode in instructions(ptx) if re.fullmatch(r"(ld|st)\.shared(::cta)?\.[bsu]8", opcode)]
     assert not narrow
 

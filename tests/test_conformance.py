@@ -18,7 +18,7 @@ TORCH_GPU, JAX_GPU, _ = backends.ON_GPU
 def on_backends(all_cases):
     """Parametrize over backends and the cases that each takes on."""
     params = [
-        pytest.param(backend, case, id=f"{backend.name}-{case.name}", marks=_marks(backend))
+        pytest.param(backend, case, id=f"{backend.name}-{case.name}", marks=backends.marks_of(backend))
         for backend in backends.ALL
         for case in all_cases
         if _takes_on(backend, case)
@@ -26,17 +26,12 @@ def on_backends(all_cases):
     return pytest.mark.parametrize(("backend", "case"), params)
 
 
-def _marks(backend):
-    if backend in backends.ON_GPU:
-        return pytest.mark.gpu
-    return pytest.mark.interpreter if backend in backends.INTERPRETED else ()
-
-
 def _takes_on(backend, case) -> bool:
-    """Interpreted kernels take the small cases, and those in a JAX callback, the same kernels, one of each kind."""
-    if backend in backends.INTERPRETED and "large" in case.tags:
-        return False
-    return backend.name != "jax-interpreter" or "callback" in case.tags
+    """See `tests.cases` for the tags."""
+    if backend in backends.INTERPRETED:
+        one_of_each = backend.name == "torch-interpreter" or "callback" in case.tags
+        return one_of_each and not case.tags & {"large", "sweep"}
+    return backend.name != "jax-xla" or "sweep" not in case.tags
 
 
 def _skip_if_strided(backend, case) -> None:

@@ -21,6 +21,7 @@ from kvq_core.kernels.codec import (
     decode_biased,
     decode_bytes,
     decode_words,
+    round_for,
 )
 from kvq_core.kernels.pages import load_page_ids, record_offsets, row_offsets, scale_ptrs, typed_ptr
 
@@ -136,10 +137,14 @@ def attend_tile(state, query, pool, first, end, MASKED: tl.constexpr, S: tl.cons
     records = record_offsets(page, head, R)
     x = _scores(query, pages_ptr, records, offset, token, S)
     exists = token < end
+    if MASKED and S.window > 0 and S.queries == 1:
+        exists = exists & (token > tl.min(query[4], axis=0) - S.window)  # 0 * NaN of a V row before the window is NaN
     exponent = tl.where(in_pool, 0.0, float("nan"))
     if R.v.per_token_head:
         v_scale = _load_scales(pages_ptr, records, offset, exists, MASKED, V)
-        known = tl.maximum(v_scale, MIN_SCALE)  # of a NaN and a number, the number
+        known = tl.maximum(v_scale, MIN_SCALE)  # of a NaN and a number, the number, but in the interpreter
+        if CAPS == "portable":
+            known = tl.where(v_scale == v_scale, known, MIN_SCALE)
         if S.fold_v_scales:
             exponent += approximate_log2(known, CAPS)
     x += exponent[None, :]
@@ -198,15 +203,15 @@ def _scores(query, pages_ptr, records, offset, token, S: tl.constexpr):
     OPERAND: tl.constexpr = S.k_operand
     q, row_scale, row_offset, slope, q_pos = query
     d = tl.arange(0, K.padded_dim)
+    DIM: tl.constexpr = K.padded_dim
     element = tl.multiple_of(row_offsets(records, offset, K) // K.code_bytes, 16 // K.code_bytes)
+    ptrs = (typed_ptr(pages_ptr, MODE) + d)[:, None] + element[None, :]
+    # Inside two loops Triton 3.7 forgets this, and would load element by element. It must be said in this function:
+    # of an argument of another one it would be lost.
+    ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (16, 1)), (DIM, 1))
+    k = _load_rows(ptrs, (d < K.head_dim)[:, None], K.padded_dim != K.head_dim)
     if K.code_bytes == 1:
-        codes = _load_rows(
-            (pages_ptr + d)[:, None] + element[None, :], (d < K.head_dim)[:, None], K.padded_dim != K.head_dim
-        )
-        k = decode_biased(codes, MODE, CAPS, OPERAND)
-    else:
-        ptrs = (typed_ptr(pages_ptr, MODE) + d)[:, None] + element[None, :]
-        k = _load_rows(ptrs, (d < K.head_dim)[:, None], K.padded_dim != K.head_dim)
+        k = decode_biased(k, MODE, CAPS, OPERAND)
     x = tl.dot(q, to_k_operand(k, S), input_precision="ieee") * row_scale[:, None] + row_offset[:, None]
     if K.per_token_head:
         x = x * tl.load(scale_ptrs(pages_ptr, records, offset, K))[None, :]
@@ -269,24 +274,26 @@ def _load_v(pages_ptr, records, offset, exists, MASKED: tl.constexpr, S: tl.cons
     mask = (c < PART)[None, :]
     if MASKED:
         mask = mask & exists[:, None]
-    PARTIAL: tl.constexpr = MASKED or part_width(S) != PART
-    element = tl.multiple_of(row_offsets(records, offset, V) // V.code_bytes, 16 // V.code_bytes)
-    if V.code_bytes == 1 and S.v_parts == 1:
-        v = decode_bytes(_load_rows(pages_ptr + element[:, None] + c[None, :], mask, PARTIAL), MODE, CAPS)
+    WIDTH: tl.constexpr = part_width(S)
+    PARTIAL: tl.constexpr = MASKED or WIDTH != PART
+    if V.code_bytes == 1 and S.v_parts != 1:
+        word = tl.multiple_of(row_offsets(records, offset, V) // 4, 4)
+        ptrs = (pages_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + c)[None, :] + word[:, None]
+    else:
+        element = tl.multiple_of(row_offsets(records, offset, V) // V.code_bytes, 16 // V.code_bytes)
+        ptrs = typed_ptr(pages_ptr, MODE) + element[:, None] + c[None, :]
+    ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (1, 16)), (1, WIDTH))  # as in _scores
+    v = _load_rows(ptrs, mask, PARTIAL)
+    if S.v_parts == 1:
+        if V.code_bytes == 1:
+            v = decode_bytes(v, MODE, CAPS)
         parts = (to_v_operand(v, S),)
     elif V.code_bytes == 1:
-        word = tl.multiple_of(row_offsets(records, offset, V) // 4, 4)
-        words_ptr = pages_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-        words = _load_rows((words_ptr + c)[None, :] + word[:, None], mask, PARTIAL)
-        v0, v1, v2, v3 = decode_words(words, MODE, CAPS)
+        v0, v1, v2, v3 = decode_words(v, MODE, CAPS)
         parts = (to_v_operand(v0, S), to_v_operand(v1, S), to_v_operand(v2, S), to_v_operand(v3, S))
-    elif S.v_parts == 1:
-        v = _load_rows(typed_ptr(pages_ptr, MODE) + element[:, None] + c[None, :], mask, PARTIAL)
-        parts = (to_v_operand(v, S),)
     else:
-        ptrs = typed_ptr(pages_ptr, MODE) + element[:, None] + c[None, :]
         parts = (
-            to_v_operand(_load_rows(ptrs, mask, PARTIAL), S),
+            to_v_operand(v, S),
             to_v_operand(_load_rows(ptrs + PART, mask, PARTIAL), S),
             to_v_operand(_load_rows(ptrs + 2 * PART, mask, PARTIAL), S),
             to_v_operand(_load_rows(ptrs + 3 * PART, mask, PARTIAL), S),
@@ -335,7 +342,8 @@ def part_columns(PART: tl.constexpr, S: tl.constexpr):
 def store_parts(out_ptr, row, stored, parts, S: tl.constexpr):
     """Store rows of output [.., head_dim_v] held in parts."""
     PARTS: tl.constexpr = S.v_parts
+    CAPS: tl.constexpr = S.records.caps
     for PART in tl.static_range(PARTS):
         columns, exist = part_columns(PART, S)
         ptrs = out_ptr + row[:, None] * S.records.v.head_dim + columns[None, :]
-        tl.store(ptrs, parts[PART].to(out_ptr.dtype.element_ty), mask=stored[:, None] & exist[None, :])
+        tl.store(ptrs, round_for(out_ptr, parts[PART], CAPS), mask=stored[:, None] & exist[None, :])

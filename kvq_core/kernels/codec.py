@@ -20,9 +20,9 @@ def encode_rows(x, tensor_scale_ptr, MODE: tl.constexpr, CAPS: tl.constexpr):
         codes = cast_bits(x, MODE)
     elif MODE == "fp8_e4m3" or MODE == "fp8_e5m2":
         inv = tl.div_rn(1.0, tl.load(tensor_scale_ptr))
-        codes = encode_per_tensor(x.to(tl.float32), inv, MODE, CAPS)
+        codes = encode_per_tensor(to_float32(x), inv, MODE, CAPS)
     else:
-        codes, row_scales = encode_per_token_head(x.to(tl.float32), MODE, CAPS)
+        codes, row_scales = encode_per_token_head(to_float32(x), MODE, CAPS)
     return codes, row_scales
 
 
@@ -69,11 +69,53 @@ def round_to_int8(y):
 @triton.jit
 def encode_float8(y, FORMAT: tl.constexpr, CAPS: tl.constexpr):
     """Round float32 to float8, ties to even; the bits as uint8. Only for finite |y| that round to finite codes."""
-    if CAPS == "ptx_fp8":
-        codes = y.to(tl.float8e4nv if FORMAT == "e4m3" else tl.float8e5).to(tl.uint8, bitcast=True)
-    else:
+    if CAPS != "ptx_fp8":
         codes = encode_float8_portable(y, FORMAT)
+    elif FORMAT == "e4m3":
+        codes = _e4m3_codes_ptx(y)
+    else:
+        codes = _e5m2_codes_ptx(y)
     return codes
+
+
+@triton.jit
+def _e4m3_codes_ptx(y):
+    """Not Triton's cast: on sm_89 that one goes through float16 and rounds twice."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b16 a, b;
+        cvt.rn.satfinite.e4m3x2.f32 a, $2, $1;
+        cvt.rn.satfinite.e4m3x2.f32 b, $4, $3;
+        mov.b32 $0, {a, b};
+        }
+        """,
+        "=r,r,r,r,r",
+        [y],
+        dtype=tl.uint8,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def _e5m2_codes_ptx(y):
+    """As `_e4m3_codes_ptx`."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b16 a, b;
+        cvt.rn.satfinite.e5m2x2.f32 a, $2, $1;
+        cvt.rn.satfinite.e5m2x2.f32 b, $4, $3;
+        mov.b32 $0, {a, b};
+        }
+        """,
+        "=r,r,r,r,r",
+        [y],
+        dtype=tl.uint8,
+        is_pure=True,
+        pack=4,
+    )
 
 
 @triton.jit
@@ -97,12 +139,32 @@ def encode_float8_portable(y, FORMAT: tl.constexpr):
 def cast_bits(x, DTYPE: tl.constexpr):
     """The bits of x in DTYPE: a bit copy of the same dtype, else one rounding with NaN made canonical."""
     if DTYPE == "bfloat16":
-        bits = x.to(tl.uint16, bitcast=True) if x.dtype == tl.bfloat16 else bfloat16_bits(x.to(tl.float32))
+        bits = x.to(tl.uint16, bitcast=True) if x.dtype == tl.bfloat16 else bfloat16_bits(to_float32(x))
     elif DTYPE == "float16":
-        bits = x.to(tl.uint16, bitcast=True) if x.dtype == tl.float16 else float16_bits(x.to(tl.float32))
+        bits = x.to(tl.uint16, bitcast=True) if x.dtype == tl.float16 else float16_bits(to_float32(x))
     else:
-        bits = x.to(tl.uint32, bitcast=True) if x.dtype == tl.float32 else float32_bits(x.to(tl.float32))
+        bits = x.to(tl.uint32, bitcast=True) if x.dtype == tl.float32 else float32_bits(to_float32(x))
     return bits
+
+
+@triton.jit
+def to_float32(x):
+    """x in float32, exactly. The interpreter's own cast of bfloat16 changes subnormals."""
+    if x.dtype == tl.bfloat16:
+        y = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        y = x.to(tl.float32)
+    return y
+
+
+@triton.jit
+def round_for(ptr, x, CAPS: tl.constexpr):
+    """float32 x as ``ptr`` stores it. The interpreter's own cast to bfloat16 truncates."""
+    if CAPS == "portable" and ptr.dtype.element_ty == tl.bfloat16:
+        y = bfloat16_bits(x).to(tl.bfloat16, bitcast=True)
+    else:
+        y = x.to(ptr.dtype.element_ty)
+    return y
 
 
 @triton.jit

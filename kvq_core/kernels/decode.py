@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from kvq_core.kernels.attend import LOG2E, attend_keys, load_queries, store_parts
+from kvq_core.kernels.codec import round_for
 from kvq_core.kernels.segments import (
     find_sequence,
     keys_of,
@@ -94,6 +95,7 @@ def merge_segments(
 ):
     """Merge the parts of one query of one head, SPLITS at a time."""
     V: tl.constexpr = S.records.v
+    CAPS: tl.constexpr = S.records.caps
     token = tl.program_id(0) // S.num_q_heads
     q_head = tl.program_id(0) % S.num_q_heads
     seq, q_index = sequence_of_token(token, cu_seqlens_q_ptr, num_seqs, S)
@@ -137,7 +139,8 @@ def merge_segments(
         last_visible += q_index + 1 - num_queries
     poison = tl.where(exists & ((last_visible >= capacity) | ~promised), float("nan"), 0.0)
     out_row = token.to(tl.int64) * S.num_q_heads + q_head
-    tl.store(out_ptr + out_row * V.head_dim + d, (out + poison).to(out_ptr.dtype.element_ty), mask=d < V.head_dim)
+    values = round_for(out_ptr, out + poison, CAPS)
+    tl.store(out_ptr + out_row * V.head_dim + d, values, mask=d < V.head_dim)
     tl.store(lse_ptr + out_row, lse * LN2 + poison)
 
 

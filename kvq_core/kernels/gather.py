@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kvq_core.kernels.codec import bfloat16_bits, decode_bytes, float16_bits, float32_bits
+from kvq_core.kernels.codec import bfloat16_bits, decode_bytes, float16_bits, float32_bits, to_float32
 from kvq_core.kernels.pages import bits_ptr, load_page_ids, record_offsets, row_offsets, scale_ptrs, typed_ptr
 
 
@@ -67,7 +67,7 @@ def _gather_side(
         codes = tl.load(pages_ptr + elements, mask=reads[:, None] & in_row, other=0)
         x = decode_bytes(codes, MODE, CAPS).to(tl.float32)
     else:
-        x = tl.load(typed_ptr(pages_ptr, MODE) + elements, mask=reads[:, None] & in_row, other=0.0).to(tl.float32)
+        x = to_float32(tl.load(typed_ptr(pages_ptr, MODE) + elements, mask=reads[:, None] & in_row, other=0.0))
     if SIDE.per_token_head:
         x = x * tl.load(scale_ptrs(pages_ptr, records, offset, SIDE), mask=reads, other=1.0)[:, None]
     if SIDE.per_tensor:

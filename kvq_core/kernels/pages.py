@@ -25,13 +25,15 @@ def scale_ptrs(pages_ptr, records, offset, SIDE: tl.constexpr):
 
 @triton.jit
 def typed_ptr(pages_ptr, DTYPE: tl.constexpr):
-    """The pool seen as elements of an unquantized mode, by name."""
+    """The pool seen as elements of an unquantized mode, by name, or as bytes for any other mode."""
     if DTYPE == "bfloat16":
         ptr = pages_ptr.to(tl.pointer_type(tl.bfloat16), bitcast=True)
     elif DTYPE == "float16":
         ptr = pages_ptr.to(tl.pointer_type(tl.float16), bitcast=True)
-    else:
+    elif DTYPE == "float32":
         ptr = pages_ptr.to(tl.pointer_type(tl.float32), bitcast=True)
+    else:
+        ptr = pages_ptr
     return ptr
 
 

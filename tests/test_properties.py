@@ -1,0 +1,90 @@
+"""Random layouts, options and lengths: the bytes of the reference, and attention within the rule."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests import backends, cases
+from tests.case_types import AppendCase, AttentionCase
+from tests.compare import Attention, assert_no_worse_than_naive, assert_same_bytes
+from tests.inputs import root
+from tests.naive import naive_attention
+
+EXAMPLES = {"torch-eager": 100, "jax-xla": 12, "torch-interpreter": 8, "jax-interpreter": 3}
+
+
+@st.composite
+def layouts(draw):
+    modes = st.sampled_from(cases.MODES)
+    dims = st.integers(1, 8).map(lambda n: 16 * n)
+    return cases.layout_of(
+        f"{draw(modes)}/{draw(modes)}", draw(st.integers(1, 20)), draw(st.integers(1, 3)), draw(dims), draw(dims)
+    )
+
+
+@st.composite
+def append_cases(draw):
+    return AppendCase(
+        f"property-{draw(st.integers(0, 2**32))}",
+        draw(layouts()),
+        *(draw(st.sampled_from(cases.DTYPES)) for _ in "kv"),
+        num_tokens=draw(st.none() | st.integers(0, 40)),
+        slots=draw(st.sampled_from(["shuffled", "dropped", "none"])),
+        slot_dtype=draw(st.sampled_from(["int32", "int64"])),
+        k_scale=draw(st.floats(1e-3, 1e3)),
+        v_scale=draw(st.floats(1e-3, 1e3)),
+    )
+
+
+@st.composite
+def attention_cases(draw):
+    ragged = draw(st.booleans())
+    lengths = draw(st.lists(st.integers(0, 60), min_size=1, max_size=4))
+    seqs = tuple((draw(st.integers(0, min(length, 20))) if ragged else 1, length) for length in lengths)
+    most = max(1, *(count for count, _ in seqs), 1)
+    return AttentionCase(
+        f"property-{draw(st.integers(0, 2**32))}",
+        draw(layouts()),
+        seqs,
+        group=draw(st.integers(1, 5)),
+        ragged=ragged,
+        q_dtype=draw(st.sampled_from(["bfloat16", "float16"])),
+        padding_rows=draw(st.integers(0, 2)) if ragged else 0,
+        max_seqlen_q=draw(st.none() | st.integers(most, most + 3)),
+        causal=draw(st.booleans()),
+        window=draw(st.none() | st.integers(1, 70)),
+        softcap=draw(st.none() | st.floats(1, 50)),
+        sinks=draw(st.booleans()),
+        alibi=draw(st.booleans()),
+        v_exponents=draw(st.sampled_from([(0, 0), (-2, 2), (-4, -4), (2, 2)])),
+        spare_columns=draw(st.integers(0, 3)),
+    )
+
+
+def examples_of(backend, test) -> None:
+    """Run a property as often as ``backend`` can afford: XLA compiles every example, the interpreter crawls."""
+    checks = [HealthCheck.too_slow, HealthCheck.filter_too_much]
+    settings(max_examples=EXAMPLES.get(backend.name, 20), suppress_health_check=checks)(test)()
+
+
+@backends.parametrize_backends
+def test_any_rows_into_any_layout_make_the_bytes_of_the_reference(backend):
+    @given(append_cases())
+    def appends(case):
+        args = (case.layout, *case.inputs(), (case.k_scale, case.v_scale))
+        got, want = (root(b.append(*args)) for b in (backend, backends.NUMPY))
+        assert_same_bytes(got, want, case.layout)
+
+    examples_of(backend, appends)
+
+
+@backends.parametrize_backends
+def test_any_options_over_any_layout_attend_no_worse_than_naive(backend):
+    @given(attention_cases())
+    def attends(case):
+        inputs = case.inputs()
+        got, exact = (b.attention(case.layout, inputs, case.options()) for b in (backend, backends.NUMPY))
+        assert_no_worse_than_naive(got, exact, Attention(*naive_attention(case, inputs)))
+
+    examples_of(backend, attends)
