@@ -1,6 +1,6 @@
 PYTHON ?= python3
 WORKERS ?= 2
-GPU_WORKERS ?= 8
+GPU_WORKERS ?= 14
 
 VENV := .venv/bin
 # One thread a worker: torch and BLAS would otherwise start one per core in each of them.

@@ -56,9 +56,9 @@ def layout_of(mode: str = INT8, page: int = 16, heads: int = 2, dim: int = 64, d
 
 
 def _thinned(all_cases):
-    """Every second case of a product is tagged a sweep."""
+    """Every third case of a product is tagged a sweep: no axis of a product here has a multiple of three values."""
     for i, case in enumerate(all_cases):
-        yield dataclasses.replace(case, tags=case.tags | SWEEP) if i % 2 else case
+        yield dataclasses.replace(case, tags=case.tags | SWEEP) if i % 3 == 2 else case
 
 
 def _append_cases():

@@ -42,7 +42,7 @@ def _attend(case: AttentionCase, inputs: AttentionInputs, q, k, v, positions):
     if case.window is not None:
         visible &= distance > -case.window
     sm_scale = np.float32(q.shape[-1] ** -0.5 if case.sm_scale is None else case.sm_scale)
-    scores = q.astype(np.float32).swapaxes(0, 1) @ k.transpose(1, 2, 0) * sm_scale  # [heads, queries, keys]
+    scores = _dot(q.astype(np.float32).swapaxes(0, 1), k.transpose(1, 2, 0)) * sm_scale  # [heads, queries, keys]
     if case.softcap is not None:
         scores = np.float32(case.softcap) * np.tanh(scores / np.float32(case.softcap))
     if inputs.alibi_slopes is not None:
@@ -53,6 +53,14 @@ def _attend(case: AttentionCase, inputs: AttentionInputs, q, k, v, positions):
     peak = np.where(peak == -np.inf, np.float32(0), peak)
     p = np.exp(scores - peak[..., None])
     total = p.sum(-1) + np.exp(sinks[:, None] - peak)
-    out = p.astype(q.dtype).astype(np.float32) @ v.swapaxes(0, 1)
+    out = _dot(p.astype(q.dtype).astype(np.float32), v.swapaxes(0, 1))
     out = np.where(total[..., None] == 0, np.float32(0), out / total[..., None])
     return out.swapaxes(0, 1).astype(q.dtype), (peak + np.log(total)).swapaxes(0, 1)
+
+
+def _dot(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """``x @ y`` summed in float32, one product after the other: a BLAS sums in an order of its own on every machine."""
+    total = np.zeros((*x.shape[:-1], y.shape[-1]), np.float32)
+    for i in range(x.shape[-1]):
+        total += x[..., i, None] * y[..., i, None, :]
+    return total

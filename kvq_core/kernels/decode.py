@@ -91,13 +91,16 @@ def merge_segments(
     out_ptr,  # out [num_q_tokens, num_q_heads, head_dim_v]
     lse_ptr,  # out float32 [num_q_tokens, num_q_heads]
     S: tl.constexpr,
-    SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Merge the parts of one query of one head, SPLITS at a time."""
+    """Merge COLUMNS columns of the parts of one query of one head, PARTS of them at a time."""
     V: tl.constexpr = S.records.v
     CAPS: tl.constexpr = S.records.caps
-    token = tl.program_id(0) // S.num_q_heads
-    q_head = tl.program_id(0) % S.num_q_heads
+    COLUMN_BLOCKS: tl.constexpr = (V.head_dim + COLUMNS - 1) // COLUMNS
+    column_block = tl.program_id(0) % COLUMN_BLOCKS
+    q_head = tl.program_id(0) // COLUMN_BLOCKS % S.num_q_heads
+    token = tl.program_id(0) // (COLUMN_BLOCKS * S.num_q_heads)
     seq, q_index = sequence_of_token(token, cu_seqlens_q_ptr, num_seqs, S)
     capacity = max_pages * S.records.page_size
     total, first_tile = total_tiles(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity, S)
@@ -107,12 +110,12 @@ def merge_segments(
     parts = tl.where(tiles > 0, part_of(first_tile + tiles - 1, total, S) - first_part + 1, 0).to(tl.int32)
     promised = q_index < S.queries  # queries past max_seqlen_q were not attended to: their result is NaN
     row = tl.where(promised, q_index, 0) * S.group + q_head % S.group
-    d = tl.arange(0, V.padded_dim)
+    d = column_block * COLUMNS + tl.arange(0, COLUMNS)
     m = tl.full([], float("-inf"), tl.float32)
     l = tl.full([], 0.0, tl.float32)
-    acc = tl.full([V.padded_dim], 0.0, tl.float32)
-    for first in range(0, parts, SPLITS):
-        part = first + tl.arange(0, SPLITS)
+    acc = tl.full([COLUMNS], 0.0, tl.float32)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
         segment = first_part + part + seq
         partial_row = (segment * S.records.num_kv_heads + q_head // S.group) * (S.queries * S.group) + row
         exists = part < parts
@@ -141,7 +144,7 @@ def merge_segments(
     out_row = token.to(tl.int64) * S.num_q_heads + q_head
     values = round_for(out_ptr, out + poison, CAPS)
     tl.store(out_ptr + out_row * V.head_dim + d, values, mask=d < V.head_dim)
-    tl.store(lse_ptr + out_row, lse * LN2 + poison)
+    tl.store(lse_ptr + out_row, lse * LN2 + poison, mask=column_block == 0)
 
 
 @triton.jit

@@ -109,7 +109,8 @@ def plan_paged_attention(
 _FAR = 2**30  # a window that hides nothing, and still an int32 when added to a position
 _DECODE_ROWS = 64  # more query rows a KV head than this take the prefill kernel
 _DECODE_WARPS_PER_SM = 8  # what fits: each thread uses nearly all the 255 registers it can have
-_MERGE_SPLITS = 32
+_MERGE_PARTS = 16
+_MERGE_COLUMNS = 64
 # From so many rows Hopper's dots take their right operand from shared memory. Narrow ones (less than 128 bytes) are
 # miscompiled by Triton 3.6: it computes negative shared-memory offsets.
 _MANY_ROWS = 64
@@ -211,11 +212,11 @@ def _plan_decode(
     )
     merge = LaunchPlan(
         kernel="merge_segments",
-        grid=(num_q_tokens * num_q_heads, 1, 1),
+        grid=(num_q_tokens * num_q_heads * math.ceil(records.v.head_dim / _MERGE_COLUMNS), 1, 1),
         scalars=(num_q_tokens, num_seqs, max_pages),
         outputs=_attention_outputs(q, records.v.head_dim),
-        constexprs=(("S", spec), ("SPLITS", _MERGE_SPLITS)),
-        num_warps=4,
+        constexprs=(("S", spec), ("PARTS", _MERGE_PARTS), ("COLUMNS", _MERGE_COLUMNS)),
+        num_warps=1,
         enable_fp_fusion=True,
     )
     return AttentionPlan(attend, merge)
