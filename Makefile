@@ -38,7 +38,7 @@ lint: setup
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/pyright
 
 test-gpu: gpu-site
-	$(GPU_ENV) $(PYTHON) -m pytest tests -m gpu -q -n $(GPU_WORKERS) -p no:benchmark --durations=5
+	$(GPU_ENV) $(PYTHON) -m pytest tests -m gpu -q -n $(GPU_WORKERS) --dist loadgroup -p no:benchmark --durations=5
 
 bench: gpu-site
 	$(GPU_ENV) $(PYTHON) -m bench

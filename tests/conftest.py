@@ -16,7 +16,10 @@ settings.register_profile("reproducible", deadline=None, derandomize=True)
 settings.load_profile("reproducible")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        _keep_together(item)
     reasons = {
         "gpu": None if has_gpu() else "needs an NVIDIA GPU",
         "interpreter": None if is_interpreting() else "needs TRITON_INTERPRET=1 before Python starts",
@@ -25,3 +28,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in reasons.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _keep_together(item: pytest.Item) -> None:
+    """One worker for all tests of a case on a GPU: jax-triton remembers what it compiled, but in its process only."""
+    case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+    if case is not None and item.get_closest_marker("gpu"):
+        item.add_marker(pytest.mark.xdist_group(getattr(case, "name", str(case))))

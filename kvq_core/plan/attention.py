@@ -72,11 +72,11 @@ def plan_paged_attention(
     queries = _few_queries(cu_seqlens_q, max_seqlen_q, group)
     rows = _power_of_two(group, _MANY_ROWS) if queries is None else min(_power_of_two(queries * group, 16), _MANY_ROWS)
     records = pool_spec(layout, pages, device, least_dim=64 if rows >= _MANY_ROWS else 16)
-    if queries is None:
-        shape = _prefill_shape(records, group, rows)
-    else:
-        shape = _decode_shape(records, group, queries, rows, device)
     operands = _operands(layout, q.dtype, device)
+    if queries is None:
+        shape = _prefill_shape(records, group, rows, operands)
+    else:
+        shape = _decode_shape(records, group, queries, rows, operands, device)
     spec = AttentionSpec(
         records=records,
         num_q_heads=q.shape[1],
@@ -158,7 +158,10 @@ def _operands(layout: CacheLayout, q_dtype: str, device: DeviceFacts) -> _Operan
     return _Operands(operand(layout.k_mode), operand(layout.v_mode))
 
 
-def _decode_shape(records: RecordSpec, group: int, queries: int, rows: int, device: DeviceFacts) -> _AttentionShape:
+def _decode_shape(
+    records: RecordSpec, group: int, queries: int, rows: int, operands: _Operands, device: DeviceFacts
+) -> _AttentionShape:
+    code_bytes = max(records.k.code_bytes, records.v.code_bytes)
     row_blocks = math.ceil(queries * group / rows)
     state = rows * max(records.k.padded_dim, records.v.padded_dim)
     num_warps = max(1, min(8, state // 2048))
@@ -167,27 +170,32 @@ def _decode_shape(records: RecordSpec, group: int, queries: int, rows: int, devi
         rows=rows,
         row_blocks=row_blocks,
         queries=queries,
-        tile=_tile(records, 2**14 * num_warps, most=128 if rows == 16 else 64),
+        tile=_tile(records, 2**14 * num_warps, most=128 if rows == 16 else 64, operands=operands),
         num_warps=num_warps,
-        num_stages=2 if max(records.k.code_bytes, records.v.code_bytes) == 1 else 3,
+        num_stages=2 if code_bytes == 1 and num_warps == 1 else 3,
         programs=max(1, programs // (records.num_kv_heads * row_blocks)),
     )
 
 
-def _prefill_shape(records: RecordSpec, group: int, rows: int) -> _AttentionShape:
+def _prefill_shape(records: RecordSpec, group: int, rows: int, operands: _Operands) -> _AttentionShape:
     return _AttentionShape(
         rows=rows,
         row_blocks=1,
         queries=rows // group,
-        tile=_tile(records, 2**15, most=64),
+        tile=_tile(records, 2**15, most=64, operands=operands),
         num_warps=4 if max(records.k.padded_dim, records.v.padded_dim) <= 256 else 8,
-        num_stages=2,
+        num_stages=1 if "float32" in operands else 2,
         programs=1,
     )
 
 
-def _tile(records: RecordSpec, step_bytes: int, most: int) -> int:
-    """Keys a step: about ``step_bytes`` of K and V, at least the 16 keys that a dot takes."""
+def _tile(records: RecordSpec, step_bytes: int, most: int, operands: _Operands) -> int:
+    """Keys a step: about ``step_bytes`` of K and V, at least the 16 keys that a dot takes.
+
+    A float32 dot has no tensor core: it is unrolled into single multiplications, and a wide one compiles for a minute.
+    """
+    if "float32" in operands:
+        return 16
     key_bytes = sum(side.padded_dim * side.code_bytes for side in (records.k, records.v))
     return max(16, min(most, 1 << (step_bytes // key_bytes).bit_length() - 1))
 
