@@ -1,4 +1,4 @@
-"""Every kernel compiles for every GPU from its launch plan, to code with the properties that bytes and speed rest on."""
+"""Every kernel compiles for every GPU from its launch plan, to code with the properties that speed and bytes need."""
 
 from __future__ import annotations
 
