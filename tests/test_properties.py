@@ -11,7 +11,14 @@ from tests.compare import Attention, assert_no_worse_than_naive, assert_same_byt
 from tests.inputs import root
 from tests.naive import naive_attention
 
-EXAMPLES = {"torch-eager": 100, "jax-xla": 12, "torch-interpreter": 8, "jax-interpreter": 3}
+EXAMPLES = {
+    "torch-eager": 100,
+    "jax-xla": 12,
+    "torch-interpreter": 8,
+    "jax-interpreter": 3,
+    "torch-triton": 6,
+    "jax-triton": 6,
+}
 
 
 @st.composite
@@ -63,7 +70,7 @@ def attention_cases(draw):
 
 
 def examples_of(backend, test) -> None:
-    """Run a property as often as ``backend`` can afford: XLA compiles every example, the interpreter crawls."""
+    """Run a property as often as ``backend`` can afford: XLA and Triton compile each example, the interpreter crawls."""
     checks = [HealthCheck.too_slow, HealthCheck.filter_too_much]
     settings(max_examples=EXAMPLES.get(backend.name, 20), suppress_health_check=checks)(test)()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from kvq_core import CacheLayout
 
+ROOT = Path(__file__).parents[1]
 README = (Path(__file__).parents[1] / "README.md").read_text()
 CODE_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 FIELDS = ("k_codes", "v_codes", "k_scales", "v_scales")
@@ -40,11 +42,24 @@ def test_offsets_of_the_byte_format_are_those_of_the_layout(cells):
     assert cells[1:] == [*offsets, str(layout.record_bytes)]
 
 
+def first_table():
+    """Mode, bytes per token, share of bfloat16, decode time and the peer's: the rows of the first table."""
+    return [row for row in table_rows("`") if len(row) == 5 and row[2].endswith("%")]
+
+
 def test_bytes_per_token_of_the_first_table_are_those_of_the_layout():
-    rows = [row for row in table_rows("`") if row[-1].endswith("%")]
-    assert rows
-    for modes, bytes_per_token, share, *_ in rows:
+    assert first_table()
+    for modes, bytes_per_token, share, *_ in first_table():
         for mode in re.findall(r"`([^`]+)`", modes):
             layout = CacheLayout(mode, page_size=16, num_kv_heads=8, head_dim=128)
             assert layout.bytes_per_token == float(bytes_per_token)
             assert f"{layout.bytes_per_token / 4096:.1%}" == share
+
+
+def test_decode_times_of_the_first_table_are_those_of_the_committed_run():
+    rows = json.loads((ROOT / "bench/results/nvidia-h200-quick.json").read_text())["rows"]
+    us = {(row["impl"], row["mode"]): f"{row['timing'][0]:.0f} us" for row in rows if row["case"] == "64x8k"}
+    times = {mode.strip("`"): time for mode, *_, time, _ in first_table() if time}
+    assert times == {mode: us["kvq torch", mode] for mode in ("bfloat16", "int8_per_token_head", "fp8_per_token_head")}
+    peers = [peer for *_, peer in first_table() if peer]
+    assert peers == [f"{us['FlashInfer', 'bfloat16']} (bfloat16)", f"{us['FlashInfer', 'fp8_e4m3']} (e4m3)"]
