@@ -70,7 +70,7 @@ def attention_cases(draw):
 
 
 def examples_of(backend, test) -> None:
-    """Run a property as often as ``backend`` can afford: XLA and Triton compile each example, the interpreter crawls."""
+    """Run a property as often as ``backend`` can afford: XLA and Triton compile each, the interpreter crawls."""
     checks = [HealthCheck.too_slow, HealthCheck.filter_too_much]
     settings(max_examples=EXAMPLES.get(backend.name, 20), suppress_health_check=checks)(test)()
 
