@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -11,6 +12,9 @@ from tests.backends import has_gpu, is_interpreting
 
 if not has_gpu():  # the wheel that jax-triton needs makes JAX look for a GPU
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# PTX names the file of its source, but Triton's cache does not ask for it: a cache of another clone has other bytes.
+os.environ["TRITON_CACHE_DIR"] = str(Path(__file__).parents[1] / "build" / "triton")
 
 settings.register_profile("reproducible", deadline=None, derandomize=True)
 settings.load_profile("reproducible")

@@ -70,13 +70,15 @@ def plan_paged_attention(
         return None
     group = q.shape[1] // pages.shape[1]
     queries = _few_queries(cu_seqlens_q, max_seqlen_q, group)
-    rows = _power_of_two(group, _MANY_ROWS) if queries is None else min(_power_of_two(queries * group, 16), _MANY_ROWS)
-    records = pool_spec(layout, pages, device, least_dim=64 if rows >= _MANY_ROWS else 16)
     operands = _operands(layout, q.dtype, device)
+    most_rows = _FLOAT32_ROWS if "float32" in operands else _MANY_ROWS
+    rows = _power_of_two(group, most_rows) if queries is None else min(_power_of_two(queries * group, 16), most_rows)
+    records = pool_spec(layout, pages, device, least_dim=64 if rows >= _MANY_ROWS else 16)
     if queries is None:
         shape = _prefill_shape(records, group, rows, operands)
     else:
         shape = _decode_shape(records, group, queries, rows, operands, device)
+    shape = _fit(shape, records, operands, device)
     spec = AttentionSpec(
         records=records,
         num_q_heads=q.shape[1],
@@ -114,6 +116,10 @@ _MERGE_COLUMNS = 64
 # From so many rows Hopper's dots take their right operand from shared memory. Narrow ones (less than 128 bytes) are
 # miscompiled by Triton 3.6: it computes negative shared-memory offsets.
 _MANY_ROWS = 64
+# A float32 dot has no tensor core: it is unrolled into single multiplications, and a wide one compiles for a minute
+# and spills registers.
+_FLOAT32_ROWS = 16
+_FLOAT32_WARPS = 4
 
 
 def _few_queries(cu_seqlens_q: ArraySpec | None, max_seqlen_q: int | None, group: int) -> int | None:
@@ -164,7 +170,7 @@ def _decode_shape(
     code_bytes = max(records.k.code_bytes, records.v.code_bytes)
     row_blocks = math.ceil(queries * group / rows)
     state = rows * max(records.k.padded_dim, records.v.padded_dim)
-    num_warps = max(1, min(8, state // 2048))
+    num_warps = max(_FLOAT32_WARPS if "float32" in operands else 1, min(8, state // 2048))
     programs = device.num_sms * max(1, _DECODE_WARPS_PER_SM // num_warps)
     return _AttentionShape(
         rows=rows,
@@ -184,16 +190,38 @@ def _prefill_shape(records: RecordSpec, group: int, rows: int, operands: _Operan
         queries=rows // group,
         tile=_tile(records, 2**15, most=64, operands=operands),
         num_warps=4 if max(records.k.padded_dim, records.v.padded_dim) <= 256 else 8,
-        num_stages=1 if "float32" in operands else 2,
+        num_stages=2,
         programs=1,
     )
 
 
-def _tile(records: RecordSpec, step_bytes: int, most: int, operands: _Operands) -> int:
-    """Keys a step: about ``step_bytes`` of K and V, at least the 16 keys that a dot takes.
+def _fit(shape: _AttentionShape, records: RecordSpec, operands: _Operands, device: DeviceFacts) -> _AttentionShape:
+    """``shape`` with less prefetching and fewer keys a step, until it fits into shared memory."""
+    while _shared_bytes(shape, records, operands) > device.shared_bytes and (shape.num_stages, shape.tile) != (1, 16):
+        if shape.num_stages > 2 or shape.tile == 16:
+            shape = shape._replace(num_stages=shape.num_stages - 1)
+        else:
+            shape = shape._replace(tile=shape.tile // 2)
+    return shape
 
-    A float32 dot has no tensor core: it is unrolled into single multiplications, and a wide one compiles for a minute.
-    """
+
+def _shared_bytes(shape: _AttentionShape, records: RecordSpec, operands: _Operands) -> int:
+    """An upper bound of what Triton allocates: q, probabilities, prefetched codes, the larger converted operand."""
+    sides = (records.k, operands.k), (records.v, operands.v)
+    buffers = shape.num_stages - (shape.rows < _MANY_ROWS or shape.num_stages > 2)
+    codes = sum(side.padded_dim * side.code_bytes for side, _ in sides)
+    converted = max(side.padded_dim * _operand_bytes(operand) for side, operand in sides)
+    q = shape.rows * records.k.padded_dim * _operand_bytes(operands.k)
+    probabilities = shape.rows * shape.tile * _operand_bytes(operands.v)
+    return q + probabilities + shape.tile * (buffers * codes + converted) + 2**11
+
+
+def _operand_bytes(operand: str) -> int:
+    return 4 if operand == "float32" else 2
+
+
+def _tile(records: RecordSpec, step_bytes: int, most: int, operands: _Operands) -> int:
+    """Keys a step: about ``step_bytes`` of K and V, at least the 16 keys that a dot takes."""
     if "float32" in operands:
         return 16
     key_bytes = sum(side.padded_dim * side.code_bytes for side in (records.k, records.v))

@@ -16,6 +16,10 @@ from kvq_core.specs import RecordSpec, record_spec
 cached = functools.lru_cache(maxsize=4096)
 
 
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; 99 elsewhere since sm_86.
+_SHARED_KIB = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
+
+
 @dataclass(frozen=True)
 class DeviceFacts:
     """What a plan depends on: ``backend`` "cuda", "hip" or "interpreter", ``arch`` (90 for sm_90), multiprocessors."""
@@ -30,6 +34,13 @@ class DeviceFacts:
         if self.backend != "cuda":
             return "portable"
         return "ptx_fp8" if self.arch >= 89 else "ptx"
+
+    @property
+    def shared_bytes(self) -> int:
+        """The most shared memory of a program."""
+        if self.backend == "interpreter":
+            return 2**30
+        return 1024 * (64 if self.backend == "hip" else _SHARED_KIB.get(self.arch, 99))
 
 
 class Output(NamedTuple):
