@@ -71,11 +71,12 @@ class AttentionSpec:
     row_blocks: int  # programs over the rows of one sequence and KV head (decode)
     queries: int  # most queries of a sequence (decode), or queries of a program (prefill)
     tile: int  # keys a step
+    keys_first: bool  # how tiles lie: see `kvq_core.kernels.attend`
     q_align: int
     k_operand: str  # dtype of the operands of q k^T: "float16", "bfloat16" or "float32"
     v_operand: str
     fold_v_scales: bool  # V row scales enter the softmax as exponents; else they multiply the probabilities
-    v_parts: int  # dots that V is multiplied in: 1 or 4
+    v_parts: int  # dots that V is multiplied in: 4 for words of 8-bit codes, else 1
     p_shift: float  # probabilities are held times 2**p_shift, so that float16 does not underflow
     normalize_q: bool  # divide q rows by a power of two near their absmax (bfloat16 q in float16 operands)
     sm_scale: float
@@ -85,6 +86,7 @@ class AttentionSpec:
     has_sinks: bool
     has_alibi: bool
     has_cu_seqlens: bool
+    overlap: bool  # decode: the merge is launched early (programmatic dependent launch) and waits for its input
     programs: int  # decode: programs a KV head and row block, which share its keys equally
 
 

@@ -147,6 +147,7 @@ def _compile_and_launch(plan: LaunchPlan, operands: tuple) -> Any:
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
         enable_fp_fusion=plan.enable_fp_fusion,
+        **({"launch_pdl": True} if plan.launch_pdl else {}),  # other than NVIDIA's backends do not know it
     )
 
 

@@ -46,6 +46,8 @@ def attend_segments(
     row_block = pid // R.num_kv_heads % S.row_blocks
     program = (pid // (R.num_kv_heads * S.row_blocks)).to(tl.int64)
     capacity = max_pages * R.page_size
+    if S.overlap:
+        tl.extra.cuda.gdc_launch_dependents()
     total, _ = total_tiles(0, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity, S)
     tile = part_start(program, total, S)
     last_tile = part_start(program + 1, total, S)
@@ -114,6 +116,8 @@ def merge_segments(
     m = tl.full([], float("-inf"), tl.float32)
     l = tl.full([], 0.0, tl.float32)
     acc = tl.full([COLUMNS], 0.0, tl.float32)
+    if S.overlap:
+        tl.extra.cuda.gdc_wait()
     for first in range(0, parts, PARTS):
         part = first + tl.arange(0, PARTS)
         segment = first_part + part + seq

@@ -72,7 +72,7 @@ def plan_paged_attention(
     queries = _few_queries(cu_seqlens_q, max_seqlen_q, group)
     operands = _operands(layout, q.dtype, device)
     most_rows = _FLOAT32_ROWS if "float32" in operands else _MANY_ROWS
-    rows = _power_of_two(group, most_rows) if queries is None else min(_power_of_two(queries * group, 16), most_rows)
+    rows = _power_of_two(group, most_rows) if queries is None else min(_power_of_two(queries * group, 8), most_rows)
     records = pool_spec(layout, pages, device, least_dim=64 if rows >= _MANY_ROWS else 16)
     if queries is None:
         shape = _prefill_shape(records, group, rows, operands)
@@ -87,11 +87,12 @@ def plan_paged_attention(
         row_blocks=shape.row_blocks,
         queries=shape.queries,
         tile=shape.tile,
+        keys_first=rows < _MANY_ROWS,
         q_align=stride_align(q),
         k_operand=operands.k,
         v_operand=operands.v,
         fold_v_scales=operands.v != "float32",
-        v_parts=1 if rows >= _MANY_ROWS else 4,
+        v_parts=4 if records.v.code_bytes == 1 and rows < _MANY_ROWS else 1,
         p_shift=14.0 if operands.v == "float16" else 0.0,
         normalize_q=operands.k == "float16" and q.dtype == "bfloat16",
         sm_scale=float(layout.head_dim**-0.5 if sm_scale is None else sm_scale),
@@ -101,6 +102,7 @@ def plan_paged_attention(
         has_sinks=sinks is not None,
         has_alibi=alibi_slopes is not None,
         has_cu_seqlens=cu_seqlens_q is not None,
+        overlap=queries is not None and device.has_pdl,
         programs=shape.programs,
     )
     if queries is None:
@@ -184,13 +186,15 @@ def _decode_shape(
 
 
 def _prefill_shape(records: RecordSpec, group: int, rows: int, operands: _Operands) -> _AttentionShape:
+    code_bytes = max(records.k.code_bytes, records.v.code_bytes)
+    dim = max(records.k.padded_dim, records.v.padded_dim)
     return _AttentionShape(
         rows=rows,
         row_blocks=1,
         queries=rows // group,
-        tile=_tile(records, 2**15, most=64, operands=operands),
-        num_warps=4 if max(records.k.padded_dim, records.v.padded_dim) <= 256 else 8,
-        num_stages=2,
+        tile=_tile(records, 2**15, most=128, operands=operands),
+        num_warps=4 if dim <= 128 or (dim <= 256 and code_bytes == 1) else 8,
+        num_stages=3 if code_bytes == 2 and dim <= 128 else 2,
         programs=1,
     )
 
@@ -254,6 +258,7 @@ def _plan_decode(
         constexprs=(("S", spec), ("PARTS", _MERGE_PARTS), ("COLUMNS", _MERGE_COLUMNS)),
         num_warps=1,
         enable_fp_fusion=True,
+        launch_pdl=spec.overlap,
     )
     return AttentionPlan(attend, merge)
 

@@ -36,6 +36,11 @@ class DeviceFacts:
         return "ptx_fp8" if self.arch >= 89 else "ptx"
 
     @property
+    def has_pdl(self) -> bool:
+        """Whether there is programmatic dependent launch: a kernel starts while the one before it ends."""
+        return self.backend == "cuda" and self.arch >= 90
+
+    @property
     def shared_bytes(self) -> int:
         """The most shared memory of a program."""
         if self.backend == "interpreter":
@@ -66,6 +71,7 @@ class LaunchPlan:
     num_warps: int
     num_stages: int = 1
     enable_fp_fusion: bool = False
+    launch_pdl: bool = False  # start before the launch in front of it has ended: the kernel waits where it must
 
 
 def pool_spec(layout: CacheLayout, pages: ArraySpec, device: DeviceFacts, least_dim: int = 16) -> RecordSpec:
