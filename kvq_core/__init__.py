@@ -1,8 +1,10 @@
 """kvq: a quantized, paged KV cache with the same bytes in PyTorch and in JAX.
 
-This package holds what the two share, and needs neither of them: `modes` names the storage modes, `layout` says where
-each byte lies, `codec` turns rows into codes and scales, `arguments` checks calls, `plan` decides launches, `kernels`
-(Triton) executes them. `reference` is the specification in numpy; `checks` are opt-in checks of values.
+This package holds what the two share, and needs neither of them: `modes` names the storage modes, `layout` and `mla`
+say where each byte lies, `codec` turns rows into codes and scales, `arguments` checks calls, `plan` decides launches,
+`kernels` (Triton) executes them. `reference` is the specification in numpy; `checks` are opt-in checks of values.
+`policy` chooses the layout of every layer of a model, `planner` says what fits into a memory, and
+``python -m kvq_core plan`` shows both.
 
     >>> import numpy as np, kvq_core
     >>> layout = kvq_core.CacheLayout("int8_per_token_head", page_size=16, num_kv_heads=8, head_dim=128)
@@ -15,8 +17,9 @@ The PyTorch ops are in ``kvq_torch``, the JAX ops in ``kvq_jax``.
 
 from __future__ import annotations
 
-from kvq_core import checks, reference
+from kvq_core import checks, planner, policy, reference
 from kvq_core.layout import CacheLayout
+from kvq_core.mla import MLALayout
 from kvq_core.modes import (
     KVQuantMode,
     get_kv_quant_mode,
@@ -29,9 +32,12 @@ __version__ = "0.1.0"
 __all__ = [
     "CacheLayout",
     "KVQuantMode",
+    "MLALayout",
     "checks",
     "get_kv_quant_mode",
     "kv_cache_uses_per_token_head_scales",
     "parse_kv_cache_dtype",
+    "planner",
+    "policy",
     "reference",
 ]

@@ -16,6 +16,9 @@ PACKAGES = ("kvq_core", "kvq_torch", "kvq_jax")
 LAYERS = (
     ("kvq_core.modes", "kvq_core.codec"),
     ("kvq_core.layout",),
+    ("kvq_core.mla",),
+    ("kvq_core.model_defaults", "kvq_core.model_config", "kvq_core.policy", "kvq_core.planner"),
+    ("kvq_core.advice", "kvq_core.__main__"),
     ("kvq_core.specs", "kvq_core.arguments", "kvq_core.plan"),
     ("kvq_core.kernels",),
     ("kvq_torch", "kvq_jax"),
@@ -24,9 +27,9 @@ LAYERS = (
 # Beside the layers. The numpy reference is for users and tests: whatever is optimised must not lean on it.
 REFERENCE = "kvq_core.reference"
 BESIDE = {
-    "kvq_core": (*LAYERS[0], *LAYERS[1], REFERENCE, "kvq_core.checks"),
+    "kvq_core": (*LAYERS[0], *LAYERS[1], *LAYERS[2], *LAYERS[3], REFERENCE, "kvq_core.checks"),
     "kvq_core.checks": (),
-    REFERENCE: (*LAYERS[0], *LAYERS[1], "kvq_core.arguments"),
+    REFERENCE: (*LAYERS[0], *LAYERS[1], *LAYERS[2], "kvq_core.arguments"),
 }
 
 CORE_LIBRARIES = {"numpy", "ml_dtypes"}
