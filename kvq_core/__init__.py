@@ -2,7 +2,8 @@
 
 This package holds what the two share, and needs neither of them: `modes` names the storage modes, `layout` says where
 each byte lies, `codec` turns rows into codes and scales, `arguments` checks calls, `plan` decides launches, `kernels`
-(Triton) executes them. `reference` is the specification in numpy; `checks` are opt-in checks of values.
+(Triton) executes them. `reference` is the specification in numpy; `checks` are opt-in checks of values; `scales` and
+`checkpoint` say where the scales of per-tensor modes come from.
 
     >>> import numpy as np, kvq_core
     >>> layout = kvq_core.CacheLayout("int8_per_token_head", page_size=16, num_kv_heads=8, head_dim=128)
@@ -16,6 +17,7 @@ The PyTorch ops are in ``kvq_torch``, the JAX ops in ``kvq_jax``.
 from __future__ import annotations
 
 from kvq_core import checks, reference
+from kvq_core.checkpoint import load_kv_scales
 from kvq_core.layout import CacheLayout
 from kvq_core.modes import (
     KVQuantMode,
@@ -23,6 +25,7 @@ from kvq_core.modes import (
     kv_cache_uses_per_token_head_scales,
     parse_kv_cache_dtype,
 )
+from kvq_core.scales import kv_scales_from_absmax
 
 __version__ = "0.1.0"
 
@@ -32,6 +35,8 @@ __all__ = [
     "checks",
     "get_kv_quant_mode",
     "kv_cache_uses_per_token_head_scales",
+    "kv_scales_from_absmax",
+    "load_kv_scales",
     "parse_kv_cache_dtype",
     "reference",
 ]

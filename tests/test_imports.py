@@ -16,7 +16,7 @@ PACKAGES = ("kvq_core", "kvq_torch", "kvq_jax")
 LAYERS = (
     ("kvq_core.modes", "kvq_core.codec"),
     ("kvq_core.layout",),
-    ("kvq_core.specs", "kvq_core.arguments", "kvq_core.plan"),
+    ("kvq_core.specs", "kvq_core.arguments", "kvq_core.scales", "kvq_core.plan"),
     ("kvq_core.kernels",),
     ("kvq_torch", "kvq_jax"),
     ("kvq_torch.nn", "kvq_torch.transformers", "kvq_jax.flax"),
@@ -24,8 +24,9 @@ LAYERS = (
 # Beside the layers. The numpy reference is for users and tests: whatever is optimised must not lean on it.
 REFERENCE = "kvq_core.reference"
 BESIDE = {
-    "kvq_core": (*LAYERS[0], *LAYERS[1], REFERENCE, "kvq_core.checks"),
+    "kvq_core": (*LAYERS[0], *LAYERS[1], REFERENCE, "kvq_core.checks", "kvq_core.checkpoint", "kvq_core.scales"),
     "kvq_core.checks": (),
+    "kvq_core.checkpoint": (),
     REFERENCE: (*LAYERS[0], *LAYERS[1], "kvq_core.arguments"),
 }
 
