@@ -294,8 +294,9 @@ def _merge_cases():
     options = {name: OPTIONS[name] for name in ("not-causal", "softcap", "sinks")}
     options |= {"v-mixed": AMPLITUDES["v-mixed"], "one-key-wins": AMPLITUDES["one-key-wins"]}
     options |= {"nan_v": {"damage": ("nan_v",)}, "nan_k": {"damage": ("nan_k",)}, "q-float32": {"q_dtype": "float32"}}
-    for kind, (i, name) in itertools.product(BOTH, enumerate(options)):
-        whole = AttentionCase(f"merge-{kind}-{name}", layout_of(INT8), **KINDS[kind], **options[name])
+    for i, (kind, name) in enumerate(itertools.product(BOTH, options)):
+        tags = SWEEP if i % 3 == 2 else frozenset()
+        whole = AttentionCase(f"merge-{kind}-{name}", layout_of(INT8), **KINDS[kind], **options[name], tags=tags)
         yield MergeCase(whole, 2 + i % 2)
 
 

@@ -51,9 +51,9 @@ def _part_of(
 ) -> AttentionInputs:
     """The inputs over keys ``starts[i] .. stops[i]`` of sequence i, their bytes moved to a pool of their own."""
     lengths = (stops - starts).tolist()
-    table, num_pages = make.make_table(rng, layout, lengths, shared_pages=0, spare_pages=1)
-    pages = make.poisoned_pool(layout, num_pages)
-    page_table = make.pad_table(rng, table, max(map(len, table)) + 1)
+    table, _ = make.make_table(rng, layout, lengths, shared_pages=0, spare_pages=1)
+    pages = make.poisoned_pool(layout, inputs.pages.shape[0])  # all parts of one shape: XLA compiles for each
+    page_table = make.pad_table(rng, table, inputs.page_table.shape[1])
     for old, new, start, stop in zip(inputs.page_table, page_table, starts, stops, strict=True):
         old_pages, old_rows = np.divmod(np.arange(start, stop), layout.page_size)
         new_pages, new_rows = np.divmod(np.arange(stop - start), layout.page_size)
