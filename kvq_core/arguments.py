@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from kvq_core.layout import FIELD_ALIGNMENT, CacheLayout
@@ -135,6 +136,45 @@ def check_paged_attention(
     _check_number("softcap", softcap)
     if softcap is not None and softcap <= 0:
         raise ValueError(f"expected softcap above 0; got {softcap!r}. None turns it off")
+
+
+def check_merge_states(
+    outs: ArraySpec | Sequence[ArraySpec],
+    lses: ArraySpec | Sequence[ArraySpec],
+    out_dtypes: tuple[str, ...] = FLOAT_DTYPES,
+    lse_dtypes: tuple[str, ...] = ("float32",),
+) -> None:
+    """Check the arguments of ``merge_states``, each one array of stacked parts or a sequence of parts.
+
+    Args:
+        outs: parts ``[num_q_tokens, num_q_heads, head_dim_v]`` of one dtype.
+        lses: as many parts ``[num_q_tokens, num_q_heads]``.
+        out_dtypes: what the dtype of ``outs`` may be.
+        lse_dtypes: what the dtype of ``lses`` may be.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    outs, lses = _parts(outs), _parts(lses)
+    if not outs or len(outs) != len(lses):
+        raise ValueError(
+            f"expected one part or more, and as many in lses as in outs; got {len(outs)} in outs and {len(lses)} in "
+            "lses. Pass both as paged_attention(return_lse=True) returned them for each part"
+        )
+    sizes: dict[str, int | None] = dict.fromkeys(("num_q_tokens", "num_q_heads", "head_dim_v"))
+    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        _check_dtype(f"outs[{i}]", out, out_dtypes if i == 0 else (outs[0].dtype,))
+        _check_shape(f"outs[{i}]", out, sizes)
+        sizes = dict(zip(sizes, out.shape, strict=True))
+        _check_dtype(f"lses[{i}]", lse, lse_dtypes)
+        _check_shape(f"lses[{i}]", lse, {name: sizes[name] for name in ("num_q_tokens", "num_q_heads")})
+
+
+def _parts(specs: ArraySpec | Sequence[ArraySpec]) -> list[ArraySpec]:
+    """The specs of the parts along the first axis of one array, or of a sequence of them."""
+    if not isinstance(specs, ArraySpec):
+        return list(specs)
+    return [ArraySpec(specs.dtype, specs.shape[1:], specs.strides[1:])] * (specs.shape[0] if specs.shape else 0)
 
 
 def _check_pages(pages: ArraySpec, layout: CacheLayout | None = None) -> int:

@@ -6,11 +6,20 @@ numpy's, with the dtypes of ml_dtypes where numpy has none; a pool whose page st
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from kvq_core.arguments import ArraySpec, check_append_kv, check_copy_pages, check_gather_kv, check_paged_attention
+from kvq_core.arguments import (
+    FLOAT_DTYPES,
+    ArraySpec,
+    check_append_kv,
+    check_copy_pages,
+    check_gather_kv,
+    check_merge_states,
+    check_paged_attention,
+)
 from kvq_core.codec import decode_rows, encode_rows
 from kvq_core.layout import CacheLayout
 
@@ -206,6 +215,39 @@ def paged_attention(
             out[tile], lse[tile] = _attend(scoring, q[tile], k, v, positions, first, stop)
         start = end
     return out.reshape(num_q_tokens, num_q_heads, head_dim_v), lse.reshape(num_q_tokens, num_q_heads)
+
+
+@np.errstate(all="ignore")
+def merge_states(
+    outs: np.ndarray | Sequence[np.ndarray], lses: np.ndarray | Sequence[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Merge attention over disjoint sets of keys: ``lse = log sum exp(lse_i)``, ``out = sum exp(lse_i - lse) out_i``.
+
+    A part with lse -inf saw no key and is left out, whatever its values. A part with lse NaN or +inf makes the result
+    NaN. A NaN or an infinity among the values of any other part reaches the result, however small the part's share.
+
+    Args:
+        outs: bfloat16, float16, float32 or float64 ``[num_parts, num_q_tokens, num_q_heads, head_dim_v]``, or a
+            sequence of parts.
+        lses: float32 or float64 ``[num_parts, num_q_tokens, num_q_heads]``, natural logarithms, or a sequence of parts.
+
+    Returns:
+        Values ``[num_q_tokens, num_q_heads, head_dim_v]`` and log-sum-exp ``[num_q_tokens, num_q_heads]``, float64;
+        zeros and -inf where no part saw a key.
+
+    Raises:
+        TypeError, ValueError: see `kvq_core.arguments.check_merge_states`.
+    """
+    dtypes = (*FLOAT_DTYPES, "float64")
+    check_merge_states([_spec(x) for x in outs], [_spec(x) for x in lses], dtypes, ("float32", "float64"))
+    values, stacked = np.asarray(outs, np.float64), np.asarray(lses, np.float64)
+    peak = stacked.max(axis=0)
+    shift = np.where(peak == -np.inf, 0.0, peak)
+    weights = np.exp(stacked - shift)
+    total = weights.sum(axis=0)
+    weights = (weights / np.where(total == 0, 1.0, total))[..., None]
+    shares = np.where(np.isfinite(values), weights * values, weights + values)
+    return np.where(stacked[..., None] == -np.inf, 0.0, shares).sum(axis=0), shift + np.log(total)
 
 
 class _Scoring(NamedTuple):

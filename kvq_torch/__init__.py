@@ -6,12 +6,16 @@
     out = paged_attention(q, cache, page_table, seq_lens)  # attend on read
     k, v = gather_kv(cache, page_table, seq_lens)         # dense values, for inspection
     copy_pages_(cache, src, dst)                          # copy on write of shared pages
+    calibrator = ScaleCalibrator("fp8_e4m3")              # the scales of a per-tensor mode, from observed K and V
+    out, lse = merge_states(outs, lses)                   # attention over parts of the keys, merged
 
 The ops never read a value back to the host: they are safe in CUDA graphs and under ``torch.compile(fullgraph=True)``.
 `kvq_core.checks` looks at values for who wants it.
 """
 
 from kvq_torch.cache import KVCache
+from kvq_torch.merge import merge_states
 from kvq_torch.ops import append_kv_, copy_pages_, gather_kv, paged_attention
+from kvq_torch.scales import ScaleCalibrator
 
-__all__ = ["KVCache", "append_kv_", "copy_pages_", "gather_kv", "paged_attention"]
+__all__ = ["KVCache", "ScaleCalibrator", "append_kv_", "copy_pages_", "gather_kv", "merge_states", "paged_attention"]

@@ -12,9 +12,8 @@ from kvq_core.plan import DeviceFacts
 _INTERPRETER_SMS = 4  # small, so that tests on a CPU reach the split and the unsplit paths
 
 
-@functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
-    """The numpy-style name of ``dtype``, e.g. ``"bfloat16"``."""
+    """The numpy-style name of ``dtype``, e.g. ``"bfloat16"``. Not cached: it is fast, and dynamo traces it."""
     return str(dtype).removeprefix("torch.")
 
 

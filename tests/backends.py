@@ -33,6 +33,8 @@ class Backend(Protocol):
 
     def attention(self, layout: CacheLayout, inputs: Any, options: dict[str, Any]) -> Attention: ...
 
+    def merge_states(self, outs: Any, lses: Any) -> Attention: ...
+
 
 @dataclass(frozen=True)
 class NumpyBackend:
@@ -62,6 +64,9 @@ class NumpyBackend:
         return Attention(
             *reference.paged_attention(layout, q, pages, page_table, seq_lens, **arrays, **scales, **options)
         )
+
+    def merge_states(self, outs, lses):
+        return Attention(*reference.merge_states(outs, lses))
 
 
 OPTIONAL_ARRAYS = ("cu_seqlens_q", "sinks", "alibi_slopes")
@@ -109,6 +114,12 @@ class TorchBackend:
         options = {**options, **arrays, "return_lse": True, "impl": self.impl}
         return Attention(*map(from_torch, kvq_torch.paged_attention(q, cache, page_table, seq_lens, **options)))
 
+    def merge_states(self, outs, lses):
+        import kvq_torch
+
+        states = ([to_torch(x, self.device) for x in parts] for parts in (outs, lses))
+        return Attention(*map(from_torch, kvq_torch.merge_states(*states)))
+
     def _cache(self, layout, pages, scales=(1.0, 1.0)):
         import kvq_torch
 
@@ -148,6 +159,11 @@ class JaxBackend:
         options = {**options, **arrays, "return_lse": True, "impl": self.impl}
         results = kvq_jax.paged_attention(inputs.q, cache, inputs.page_table, inputs.seq_lens, **options)
         return Attention(*map(np.asarray, results))
+
+    def merge_states(self, outs, lses):
+        import kvq_jax
+
+        return Attention(*map(np.asarray, kvq_jax.merge_states(outs, lses)))
 
     def _cache(self, layout, pages, scales=(1.0, 1.0)):
         import kvq_jax

@@ -14,6 +14,7 @@ import itertools
 
 from kvq_core import CacheLayout
 from tests.case_types import AppendCase, AttentionCase, CopyCase, GatherCase
+from tests.parts import MergeCase
 
 MODES = (
     "bfloat16",
@@ -285,6 +286,20 @@ def _attention_calls():
         )
 
 
+def _merge_cases():
+    for (i, kind), mode in itertools.product(enumerate(KINDS), (INT8, "fp8_e4m3", "bfloat16")):
+        tags = CALLBACK if mode == INT8 else frozenset()
+        whole = AttentionCase(f"merge-{kind}-{mode}", layout_of(mode), **KINDS[kind], **SCALES, tags=tags)
+        yield MergeCase(whole, 2 + i % 2)
+    options = {name: OPTIONS[name] for name in ("not-causal", "softcap", "sinks")}
+    options |= {"v-mixed": AMPLITUDES["v-mixed"], "one-key-wins": AMPLITUDES["one-key-wins"]}
+    options |= {"nan_v": {"damage": ("nan_v",)}, "nan_k": {"damage": ("nan_k",)}, "q-float32": {"q_dtype": "float32"}}
+    for i, (kind, name) in enumerate(itertools.product(BOTH, options)):
+        tags = SWEEP if i % 3 == 2 else frozenset()
+        whole = AttentionCase(f"merge-{kind}-{name}", layout_of(INT8), **KINDS[kind], **options[name], tags=tags)
+        yield MergeCase(whole, 2 + i % 2)
+
+
 APPEND_CASES = tuple(_append_cases())
 GATHER_CASES = tuple(_gather_cases())
 COPY_CASES = tuple(_copy_cases())
@@ -297,3 +312,4 @@ ATTENTION_CASES = (
     *_attention_traps(),
     *_attention_calls(),
 )
+MERGE_CASES = tuple(_merge_cases())

@@ -63,6 +63,15 @@ def test_prefill_is_one_program_for_all_prompt_lengths():
     assert kernels_of(compiling.attention(LAYOUT, 2, queries=n) for n in lengths) == ["attend_queries"]
 
 
+def test_scales_are_arrays_and_no_part_of_a_program(monkeypatch):
+    layout = compiling.layout("fp8_e4m3/fp8_e5m2", 64)
+    launches = [compiling.append(layout), compiling.gather(layout), compiling.attention(layout)]
+    launches += [compiling.attention(layout, queries=40)]
+    expected = programs(launches)
+    monkeypatch.setattr(compiling, "SCALE", torch.full((), 0.013))
+    assert programs(launches) == expected
+
+
 def test_a_program_is_told_apart_by_what_it_is_compiled_for():
     """Or the tests above would hold for a record that forgets everything."""
     other = compiling.layout("fp8_per_token_head", 64)

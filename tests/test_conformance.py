@@ -111,6 +111,13 @@ def test_attention_is_no_worse_than_naive(backend, case):
     assert_no_worse_than_naive(got, *_expected(case))
 
 
+@on_backends(cases.MERGE_CASES)
+def test_attention_in_parts_merges_into_that_of_the_whole(backend, case):
+    parts = [backend.attention(case.layout, *part) for part in case.parts()]
+    got = backend.merge_states([part.out for part in parts], [part.lse for part in parts])
+    assert_no_worse_than_naive(got, *_expected(case.whole))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", cases.ATTENTION_CASES, ids=lambda case: case.name)
 def test_torch_and_jax_attend_with_equal_bits_on_one_gpu(case):

@@ -19,7 +19,7 @@ LAYERS = (
     ("kvq_core.mla",),
     ("kvq_core.model_defaults", "kvq_core.model_config", "kvq_core.policy", "kvq_core.planner"),
     ("kvq_core.advice", "kvq_core.__main__"),
-    ("kvq_core.specs", "kvq_core.arguments", "kvq_core.plan"),
+    ("kvq_core.specs", "kvq_core.arguments", "kvq_core.scales", "kvq_core.plan"),
     ("kvq_core.kernels",),
     ("kvq_torch", "kvq_jax"),
     ("kvq_torch.nn", "kvq_torch.transformers", "kvq_jax.flax"),
@@ -27,8 +27,18 @@ LAYERS = (
 # Beside the layers. The numpy reference is for users and tests: whatever is optimised must not lean on it.
 REFERENCE = "kvq_core.reference"
 BESIDE = {
-    "kvq_core": (*LAYERS[0], *LAYERS[1], *LAYERS[2], *LAYERS[3], REFERENCE, "kvq_core.checks"),
+    "kvq_core": (
+        *LAYERS[0],
+        *LAYERS[1],
+        *LAYERS[2],
+        *LAYERS[3],
+        REFERENCE,
+        "kvq_core.checks",
+        "kvq_core.checkpoint",
+        "kvq_core.scales",
+    ),
     "kvq_core.checks": (),
+    "kvq_core.checkpoint": (),
     REFERENCE: (*LAYERS[0], *LAYERS[1], *LAYERS[2], "kvq_core.arguments"),
 }
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests import backends, cases
+from tests import inputs as make
 from tests.case_types import AppendCase, AttentionCase
 from tests.compare import Attention, assert_no_worse_than_naive, assert_same_bytes
 from tests.inputs import root
-from tests.naive import naive_attention
+from tests.naive import naive_attention, naive_merge
 
 EXAMPLES = {
     "torch-eager": 100,
@@ -69,6 +71,27 @@ def attention_cases(draw):
     )
 
 
+@st.composite
+def states(draw):
+    """Parts of attention, among them some that saw no key, and values and log-sum-exps that are not finite."""
+    rng = make.generator(f"states-{draw(st.integers(0, 2**32))}")
+    sizes = (draw(st.integers(0, 5)), draw(st.integers(1, 3)))
+    dtype, num_parts = draw(st.sampled_from(cases.DTYPES)), draw(st.integers(1, 5))
+    spread, specials = draw(st.sampled_from([0.0, 1.0, 30.0, 1000.0])), draw(st.booleans())
+    outs, lses = [], []
+    for _ in range(num_parts):
+        out = make.random_rows(rng, (*sizes, 16), dtype, (-4, 4))
+        lse = (rng.standard_normal(sizes) * spread).astype(np.float32)
+        lse[rng.random(sizes) < 0.3] = -np.inf
+        out[(lse == -np.inf) & (rng.random(sizes) < 0.5)] = np.nan
+        if specials:
+            out[rng.random(out.shape) < 0.02] = rng.choice([np.nan, np.inf, -np.inf])
+            lse[rng.random(sizes) < 0.1] = rng.choice([np.nan, np.inf])
+        outs.append(out)
+        lses.append(lse)
+    return outs, lses
+
+
 def examples_of(backend, test) -> None:
     """Run a property as often as ``backend`` can afford: XLA and Triton compile each, the interpreter crawls."""
     checks = [HealthCheck.too_slow, HealthCheck.filter_too_much]
@@ -95,3 +118,13 @@ def test_any_options_over_any_layout_attend_no_worse_than_naive(backend):
         assert_no_worse_than_naive(got, exact, Attention(*naive_attention(case, inputs)))
 
     examples_of(backend, attends)
+
+
+@backends.parametrize_backends
+def test_any_states_merge_no_worse_than_naive(backend):
+    @given(states())
+    def merges(parts):
+        got, exact = (b.merge_states(*parts) for b in (backend, backends.NUMPY))
+        assert_no_worse_than_naive(got, exact, Attention(*naive_merge(*parts)))
+
+    examples_of(backend, merges)
