@@ -204,11 +204,12 @@ def _scores(query, pages_ptr, records, offset, token, S: tl.constexpr):
     q, row_scale, row_offset, slope, q_pos = query
     d = tl.arange(0, K.padded_dim)
     DIM: tl.constexpr = K.padded_dim
-    element = tl.multiple_of(row_offsets(records, offset, K) // K.code_bytes, 16 // K.code_bytes)
+    ALIGN: tl.constexpr = K.align
+    element = tl.multiple_of(row_offsets(records, offset, K) // K.code_bytes, ALIGN // K.code_bytes)
     ptrs = (typed_ptr(pages_ptr, MODE) + d)[:, None] + element[None, :]
     # Inside two loops Triton 3.7 forgets this, and would load element by element. It must be said in this function:
     # of an argument of another one it would be lost.
-    ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (16, 1)), (DIM, 1))
+    ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (ALIGN, 1)), (DIM, 1))
     k = _load_rows(ptrs, (d < K.head_dim)[:, None], K.padded_dim != K.head_dim)
     if K.code_bytes == 1:
         k = decode_biased(k, MODE, CAPS, OPERAND)
@@ -275,14 +276,15 @@ def _load_v(pages_ptr, records, offset, exists, MASKED: tl.constexpr, S: tl.cons
     if MASKED:
         mask = mask & exists[:, None]
     WIDTH: tl.constexpr = part_width(S)
+    ALIGN: tl.constexpr = V.align
     PARTIAL: tl.constexpr = MASKED or WIDTH != PART
     if V.code_bytes == 1 and S.v_parts != 1:
-        word = tl.multiple_of(row_offsets(records, offset, V) // 4, 4)
+        word = tl.multiple_of(row_offsets(records, offset, V) // 4, ALIGN // 4)
         ptrs = (pages_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + c)[None, :] + word[:, None]
     else:
-        element = tl.multiple_of(row_offsets(records, offset, V) // V.code_bytes, 16 // V.code_bytes)
+        element = tl.multiple_of(row_offsets(records, offset, V) // V.code_bytes, ALIGN // V.code_bytes)
         ptrs = typed_ptr(pages_ptr, MODE) + element[:, None] + c[None, :]
-    ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (1, 16)), (1, WIDTH))  # as in _scores
+    ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (1, ALIGN)), (1, WIDTH))  # as in _scores
     v = _load_rows(ptrs, mask, PARTIAL)
     if S.v_parts == 1:
         if V.code_bytes == 1:
