@@ -424,6 +424,7 @@ def test_bad_arguments_raise_before_anything_is_written():
         ({"num_pages": 2.0}, "num_pages to be an integer"),
         ({"pages": np.zeros((1, 1, 160), np.uint8)}, r"layout.shard\(n\)"),
         ({"pages": np.zeros((1, 2, 160), np.int8)}, "uint8"),
+        ({"pages": np.zeros((1, 2, 4, 40), np.uint8)}, r"\[num_pages, num_kv_heads=2, record_bytes=160\]"),
         ({"num_pages": 1, "k_scale": np.ones(2)}, "k_scale to be one number"),
     ],
 )
