@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from kvq_core import reference
+from kvq_core.arguments import ArraySpec
 from kvq_core.codec import encode_rows
+from kvq_core.plan.launch import DeviceFacts, pool_spec
 from tests import backends, cases
 from tests import inputs as make
 from tests.case_types import AttentionCase, AttentionInputs
@@ -94,6 +96,14 @@ def test_every_backend_reads_the_container_in_place(backend, order):
     inputs = AttentionInputs(q, pages, page_table, SEQ_LENS, np.array([0, 3, 4], np.int32), **none)
     got, exact = (b.attention(layout, inputs, case.options()) for b in (backend, backends.NUMPY))
     assert_no_worse_than_naive(got, exact, Attention(*naive_attention(case, inputs)))
+
+
+@pytest.mark.parametrize(("slot_stride", "is_wide"), [(2**27, False), (2**28, True)])
+def test_slots_further_apart_than_an_int32_counts_are_addressed_with_64_bits(slot_stride, is_wide):
+    row = SIZES["C"]
+    pages = ArraySpec("uint8", (9, 2, 8, row), (2 * row, row, slot_stride, 1))
+    records = pool_spec(layout_of("LBHNC"), pages, DeviceFacts("cuda", 90, 132))
+    assert (records.k.is_wide, records.v.is_wide) == (is_wide, is_wide)
 
 
 HEADER, LAYER_BYTES = 12, PAGE_SIZE * NUM_KV_HEADS * 2 * (DIM + 4)
