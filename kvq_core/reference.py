@@ -1,7 +1,8 @@
 """The specification, in numpy: what every backend computes (DESIGN.md sections 3 to 6).
 
 Written to be read, not to be fast. Cache bytes agree with it exactly, attention as DESIGN.md section 4 says. Arrays are
-numpy's, with the dtypes of ml_dtypes where numpy has none; a pool whose page stride exceeds a page is a strided view.
+numpy's, with the dtypes of ml_dtypes where numpy has none; a pool whose page stride exceeds a page is a strided view,
+as is a row container in whatever order of its axes.
 """
 
 from __future__ import annotations
@@ -31,15 +32,19 @@ def record_field(layout: CacheLayout, pages: np.ndarray, name: str) -> np.ndarra
 
     Args:
         layout: the layout of ``pages``.
-        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``.
+        pages: uint8, the axes of ``layout``.
         name: a key of ``layout.fields``, e.g. ``"k_codes"``.
 
     Returns:
         ``[num_pages, num_kv_heads, page_size, n]`` of the field's dtype; n is the head dimension of codes, 1 of scales.
     """
     field = layout.fields[name]
-    field_bytes = pages[:, :, field.offset : field.offset + layout.page_size * field.row_bytes]
-    return field_bytes.reshape(*pages.shape[:2], layout.page_size, field.row_bytes).view(field.dtype)
+    if layout.has_rows:
+        rows = pages.swapaxes(1, layout.head_axis)[..., field.offset : field.offset + field.row_bytes]
+    else:
+        field_bytes = pages[:, :, field.offset : field.offset + layout.page_size * field.row_bytes]
+        rows = field_bytes.reshape(*pages.shape[:2], layout.page_size, field.row_bytes)
+    return rows.view(field.dtype)
 
 
 def append_kv(
@@ -57,7 +62,7 @@ def append_kv(
 
     Args:
         layout: the layout of ``pages``.
-        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``, written.
+        pages: uint8, the axes of ``layout``, written.
         k: bfloat16, float16 or float32 ``[num_tokens, num_kv_heads, head_dim]``.
         v: the same with ``head_dim_v``.
         slot_mapping: int32 or int64 ``[num_tokens]``, ``page * page_size + offset`` of each token.
@@ -89,7 +94,7 @@ def gather_kv(
 
     Args:
         layout: the layout of ``pages``.
-        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``.
+        pages: uint8, the axes of ``layout``.
         page_table: int32 ``[num_seqs, max_pages]``.
         seq_lens: int32 ``[num_seqs]``.
         k_scale: float32 scalar of a per-tensor mode of K.
@@ -115,7 +120,7 @@ def copy_pages(pages: np.ndarray, src: np.ndarray, dst: np.ndarray) -> None:
     A pair with an id outside the pool is skipped.
 
     Args:
-        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``, written.
+        pages: uint8, the axes of any layout, written.
         src: int32 or int64 ``[num_pairs]``.
         dst: int32 or int64 ``[num_pairs]``, unique and disjoint from ``src``.
 
@@ -155,7 +160,7 @@ def paged_attention(
     Args:
         layout: the layout of ``pages``.
         q: bfloat16, float16 or float32 ``[num_q_tokens, num_q_heads, head_dim]``.
-        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``.
+        pages: uint8, the axes of ``layout``.
         page_table: int32 ``[num_seqs, max_pages]``.
         seq_lens: int32 ``[num_seqs]``, the KV lengths, queries included.
         cu_seqlens_q: int32 ``[num_seqs + 1]`` from 0, the rows of q of each sequence; None for one query each.
@@ -193,7 +198,8 @@ def paged_attention(
         alibi_slopes=_optional_spec(alibi_slopes),
     )
     num_q_tokens, num_q_heads, head_dim = q.shape
-    heads = (pages.shape[1], num_q_heads // pages.shape[1])  # query head h reads KV head h // heads[1]
+    num_kv_heads = pages.shape[layout.head_axis]
+    heads = (num_kv_heads, num_q_heads // num_kv_heads)  # query head h reads KV head h // heads[1]
     scoring = _Scoring(
         sm_scale=head_dim**-0.5 if sm_scale is None else sm_scale,
         softcap=softcap,
@@ -337,7 +343,7 @@ def _read_pages(
             scale = record_field(layout, pages, f"{side}_scales")[inside, ..., 0]
         rows = np.full((*page_ids.shape, *codes.shape[1:]), np.nan, np.float32)
         rows[is_page] = decode_rows(codes[inside], mode, scale)
-        sides.append(rows.swapaxes(-2, -3).reshape(*page_ids.shape[:-1], num_tokens, pages.shape[1], codes.shape[-1]))
+        sides.append(rows.swapaxes(-2, -3).reshape(*page_ids.shape[:-1], num_tokens, codes.shape[1], codes.shape[-1]))
     return sides[0], sides[1]
 
 

@@ -61,7 +61,7 @@ def gather_kv(cache: KVCache, page_table: jax.Array, seq_lens: jax.Array, dtype:
     specs = (array_spec(x) for x in (cache.pages, page_table, seq_lens))
     plan = plan_gather_kv(layout, *specs, dtype, device)
     if plan is None:
-        (num_seqs, max_pages), num_kv_heads = page_table.shape, cache.pages.shape[1]
+        (num_seqs, max_pages), num_kv_heads = page_table.shape, cache.pages.shape[layout.head_axis]
         shape = (num_seqs, max_pages * layout.page_size, num_kv_heads)
         return jnp.zeros((*shape, layout.head_dim), dtype), jnp.zeros((*shape, layout.head_dim_v or 0), dtype)
     k, v = _launch(plan, device, cache.pages, cache.k_scale, cache.v_scale, page_table, seq_lens)

@@ -70,7 +70,8 @@ def paged_attention(
         alibi_slopes=optional_spec(alibi_slopes),
     )
     num_q_tokens, num_q_heads, head_dim = q.shape
-    heads = (pages.shape[1], num_q_heads // pages.shape[1])
+    num_kv_heads = pages.shape[layout.head_axis]
+    heads = (num_kv_heads, num_q_heads // num_kv_heads)
     scoring = _Scoring(
         head_dim**-0.5 if sm_scale is None else sm_scale,
         causal,
@@ -89,7 +90,8 @@ def paged_attention(
     q = q.unflatten(1, heads)
     sizes = _chunk_sizes(layout, page_table, heads, most_queries)
     for seqs, kv_heads in itertools.product(_slices(page_table.shape[0], sizes[0]), _slices(heads[0], sizes[1])):
-        keys = _read_keys(layout, pages[:, kv_heads], k_scale, v_scale, page_table[seqs], seq_lens[seqs])
+        local = pages.narrow(layout.head_axis, kv_heads.start, kv_heads.stop - kv_heads.start)
+        keys = _read_keys(layout, local, k_scale, v_scale, page_table[seqs], seq_lens[seqs])
         for queries in _slices(most_queries, sizes[2]):
             index = torch.arange(queries.start, queries.stop, device=q.device)
             rows = torch.where(index < counts[seqs], firsts[seqs] + index, num_q_tokens).clamp(0, num_q_tokens)

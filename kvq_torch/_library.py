@@ -111,7 +111,7 @@ def _gather_kv_fake(pages, k_scale, v_scale, page_table, seq_lens, dtype, layout
         specs = array_spec(pages), array_spec(page_table), array_spec(seq_lens)
         check_gather_kv(cache_layout, *specs, dtype_name(dtype))
     num_seqs, max_pages = page_table.shape
-    size = (num_seqs, max_pages * cache_layout.page_size, pages.shape[1])
+    size = (num_seqs, max_pages * cache_layout.page_size, pages.shape[cache_layout.head_axis])
     return tuple(pages.new_empty((*size, dim), dtype=dtype) for dim in (cache_layout.head_dim, cache_layout.head_dim_v))
 
 

@@ -47,7 +47,7 @@ def gather_kv(
     specs = array_spec(pages), array_spec(page_table), array_spec(seq_lens)
     plan = plan_gather_kv(layout, *specs, dtype_name(dtype), device_facts(pages.device))
     if plan is None:
-        size = (page_table.shape[0], page_table.shape[1] * layout.page_size, pages.shape[1])
+        size = (page_table.shape[0], page_table.shape[1] * layout.page_size, pages.shape[layout.head_axis])
         return tuple(pages.new_zeros((*size, dim), dtype=dtype) for dim in (layout.head_dim, layout.head_dim_v))
     return _launch(plan, pages, k_scale, v_scale, page_table, seq_lens)
 

@@ -15,7 +15,7 @@ def naive_attention(case: AttentionCase, inputs: AttentionInputs) -> tuple[np.nd
     Right for the queries that see no NaN and no key outside the pool; others may get anything.
     """
     q, dtype = inputs.q, inputs.q.dtype
-    num_kv_heads = inputs.pages.shape[1]
+    num_kv_heads = inputs.pages.shape[case.layout.head_axis]
     group = q.shape[1] // num_kv_heads
     out = np.zeros((*q.shape[:2], case.layout.head_dim_v), dtype)
     lse = np.full(q.shape[:2], -np.inf, np.float32)

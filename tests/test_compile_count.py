@@ -58,6 +58,14 @@ def test_attention_is_one_program_for_all_batches_and_tables(queries, expected):
     assert kernels_of(compiling.attention(LAYOUT, b, w, queries=queries) for b, w in sizes) == expected
 
 
+def test_row_containers_are_one_program_for_all_sizes():
+    rows = compiling.layout("int8_per_token_head", 64, scale_placement="row", row_order="NHD")
+    launches = [compiling.append(rows, n, num_pages=p) for n, p in itertools.product(COUNTS, (1, 2, 64))]
+    launches += [compiling.copy(rows, n, num_pages=p) for n, p in itertools.product(COUNTS, (1, 2, 64))]
+    launches += [compiling.attention(rows, b, num_pages=p) for b, p in itertools.product(BATCHES, (1, 2, 64))]
+    assert kernels_of(launches) == ["append_kv", "attend_segments", "claim_slots", "copy_pages", "merge_segments"]
+
+
 def test_prefill_is_one_program_for_all_prompt_lengths():
     lengths = [n for n in COUNTS if n > 16]  # four heads a group: up to 16 queries of a sequence split the keys
     assert kernels_of(compiling.attention(LAYOUT, 2, queries=n) for n in lengths) == ["attend_queries"]

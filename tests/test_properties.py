@@ -28,7 +28,12 @@ def layouts(draw):
     modes = st.sampled_from(cases.MODES)
     dims = st.integers(1, 8).map(lambda n: 16 * n)
     return cases.layout_of(
-        f"{draw(modes)}/{draw(modes)}", draw(st.integers(1, 20)), draw(st.integers(1, 3)), draw(dims), draw(dims)
+        f"{draw(modes)}/{draw(modes)}",
+        draw(st.integers(1, 20)),
+        draw(st.integers(1, 3)),
+        draw(dims),
+        draw(dims),
+        draw(st.sampled_from((None, None, *cases.ROW_ORDERS))),
     )
 
 

@@ -39,7 +39,7 @@ def test_literal_bytes_of_the_byte_format_hold():
 def test_offsets_of_the_byte_format_are_those_of_the_layout(cells):
     layout = CacheLayout.from_fingerprint(cells[0].strip("`"))
     offsets = [str(layout.fields[name].offset) if name in layout.fields else "-" for name in FIELDS]
-    assert cells[1:] == [*offsets, str(layout.record_bytes)]
+    assert cells[1:] == [*offsets, str(layout.shape(1)[-1])]  # record_bytes or row_bytes
 
 
 def first_table():

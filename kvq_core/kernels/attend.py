@@ -252,14 +252,15 @@ def _scores(query, pages_ptr, records, offset, token, S: tl.constexpr):
     q, row_scale, row_offset, slope, q_pos = query
     d = tl.arange(0, K.padded_dim)
     DIM: tl.constexpr = K.padded_dim
-    element = tl.multiple_of(row_offsets(records, offset, K) // K.code_bytes, 16 // K.code_bytes)
+    ALIGN: tl.constexpr = K.align
+    element = tl.multiple_of(row_offsets(records, offset, K) // K.code_bytes, ALIGN // K.code_bytes)
     ptrs = typed_ptr(pages_ptr, MODE) + first(element, S) + second(d, S)
     # Inside two loops Triton 3.7 forgets this, and would load element by element. It must be said in this function:
     # of an argument of another one it would be lost.
     if S.keys_first:
-        ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (1, 16)), (1, DIM))
+        ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (1, ALIGN)), (1, DIM))
     else:
-        ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (16, 1)), (DIM, 1))
+        ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (ALIGN, 1)), (DIM, 1))
     k = _load_rows(ptrs, second(d < K.head_dim, S), K.padded_dim != K.head_dim)
     if K.code_bytes == 1:
         k = decode_biased(k, MODE, CAPS, OPERAND)
@@ -326,17 +327,18 @@ def _load_v(pages_ptr, records, offset, exists, MASKED: tl.constexpr, S: tl.cons
     if MASKED:
         mask = mask & second(exists, S)
     WIDTH: tl.constexpr = part_width(S)
+    ALIGN: tl.constexpr = V.align
     PARTIAL: tl.constexpr = MASKED or WIDTH != PART
     if S.v_parts == 4:
-        word = tl.multiple_of(row_offsets(records, offset, V) // 4, 4)
+        word = tl.multiple_of(row_offsets(records, offset, V) // 4, ALIGN // 4)
         ptrs = pages_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + first(c, S) + second(word, S)
     else:
-        element = tl.multiple_of(row_offsets(records, offset, V) // V.code_bytes, 16 // V.code_bytes)
+        element = tl.multiple_of(row_offsets(records, offset, V) // V.code_bytes, ALIGN // V.code_bytes)
         ptrs = typed_ptr(pages_ptr, MODE) + first(c, S) + second(element, S)
     if S.keys_first:  # as in _scores
-        ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (16, 1)), (WIDTH, 1))
+        ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (ALIGN, 1)), (WIDTH, 1))
     else:
-        ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (1, 16)), (1, WIDTH))
+        ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (1, ALIGN)), (1, WIDTH))
     v = _load_rows(ptrs, mask, PARTIAL)
     if S.v_parts == 4:
         v0, v1, v2, v3 = decode_words(v, MODE, CAPS)

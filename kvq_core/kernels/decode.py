@@ -21,7 +21,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 @triton.jit(do_not_specialize=["num_q_tokens", "num_seqs", "num_pages", "max_pages", "q_stride_token", "q_stride_head"])
 def attend_segments(
     q_ptr,  # [num_q_tokens, num_q_heads, head_dim] bfloat16, float16 or float32
-    pages_ptr,  # uint8 [num_pages, num_kv_heads, record_bytes]
+    pages_ptr,  # uint8, the axes of the layout
     k_scale_ptr,  # float32 [], per-tensor modes
     v_scale_ptr,  # float32 []
     sinks_ptr,  # float32 [num_q_heads], read by merge_segments only

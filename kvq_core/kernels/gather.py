@@ -9,7 +9,7 @@ from kvq_core.kernels.pages import bits_ptr, load_page_ids, record_offsets, row_
 
 @triton.jit(do_not_specialize=["num_pages", "max_pages"])
 def gather_kv(
-    pages_ptr,  # uint8 [num_pages, num_kv_heads, record_bytes]
+    pages_ptr,  # uint8, the axes of the layout
     k_scale_ptr,  # float32 []
     v_scale_ptr,  # float32 []
     page_table_ptr,  # int32 [num_seqs, max_pages]
@@ -61,7 +61,8 @@ def _gather_side(
     d = tl.arange(0, SIDE.padded_dim)
     in_row = (d < SIDE.head_dim)[None, :]
     reads = filled & in_pool & exists
-    element = tl.multiple_of(row_offsets(records, offset, SIDE) // SIDE.code_bytes, 16 // SIDE.code_bytes)
+    ALIGN: tl.constexpr = SIDE.align
+    element = tl.multiple_of(row_offsets(records, offset, SIDE) // SIDE.code_bytes, ALIGN // SIDE.code_bytes)
     elements = element[:, None] + d[None, :]
     if SIDE.code_bytes == 1:
         codes = tl.load(pages_ptr + elements, mask=reads[:, None] & in_row, other=0)
@@ -87,21 +88,22 @@ def _gather_side(
 def copy_pages(
     src_ptr,  # int32 or int64 [num_pairs]
     dst_ptr,  # int32 or int64 [num_pairs]
-    pages_ptr,  # in-out uint8 [num_pages, num_kv_heads, record_bytes]
+    pages_ptr,  # in-out uint8, the axes of any layout
     num_pairs,
     num_pages,
     pages_out_ptr,  # pages again
-    PAGE_WORDS: tl.constexpr,
-    PAGE_STRIDE_WORDS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    S: tl.constexpr,
 ):
-    """Copy CHUNK 32-bit words of one page. Semantics: `kvq_core.reference.copy_pages`."""
-    CHUNKS: tl.constexpr = (PAGE_WORDS + CHUNK - 1) // CHUNK
+    """Copy S.chunk words of one page. Semantics: `kvq_core.reference.copy_pages`."""
+    CHUNKS: tl.constexpr = (S.page_words + S.chunk - 1) // S.chunk
     pid = tl.program_id(0)
     src = tl.load(src_ptr + pid // CHUNKS).to(tl.int64)
     dst = tl.load(dst_ptr + pid // CHUNKS).to(tl.int64)
     in_pool = (src >= 0) & (src < num_pages) & (dst >= 0) & (dst < num_pages)
-    word = pid % CHUNKS * CHUNK + tl.arange(0, CHUNK)
-    mask = in_pool & (word < PAGE_WORDS)
-    words = tl.load(bits_ptr(pages_ptr, 4) + src * PAGE_STRIDE_WORDS + word, mask=mask)
-    tl.store(bits_ptr(pages_out_ptr, 4) + dst * PAGE_STRIDE_WORDS + word, words, mask=mask)
+    word = pid % CHUNKS * S.chunk + tl.arange(0, S.chunk)
+    mask = in_pool & (word < S.page_words)
+    if S.run_words != S.page_words:
+        run = (word // S.run_words).to(tl.int64)
+        word = run // S.inner_runs * S.outer_stride + run % S.inner_runs * S.inner_stride + word % S.run_words
+    words = tl.load(bits_ptr(pages_ptr, 4) + src * S.page_stride + word, mask=mask)
+    tl.store(bits_ptr(pages_out_ptr, 4) + dst * S.page_stride + word, words, mask=mask)

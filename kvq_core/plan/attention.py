@@ -68,7 +68,7 @@ def plan_paged_attention(
     )
     if q.shape[0] == 0:
         return None
-    group = q.shape[1] // pages.shape[1]
+    group = q.shape[1] // pages.shape[layout.head_axis]
     queries = _few_queries(cu_seqlens_q, max_seqlen_q, group)
     operands = _operands(layout, q.dtype, device)
     most_rows = _FLOAT32_ROWS if "float32" in operands else _MANY_ROWS
