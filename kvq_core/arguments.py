@@ -141,8 +141,8 @@ def check_paged_attention(
             _check_vector(name, spec, ("float32",), "num_q_heads", q.shape[1])
     if not isinstance(causal, bool):
         raise TypeError(f"expected causal to be True or False; got {causal!r}")
-    _check_count("max_seqlen_q", max_seqlen_q)
-    _check_count("window", window)
+    check_count("max_seqlen_q", max_seqlen_q)
+    check_count("window", window)
     _check_number("sm_scale", sm_scale)
     _check_number("softcap", softcap)
     if softcap is not None and softcap <= 0:
@@ -335,7 +335,8 @@ def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return True
 
 
-def _check_count(name: str, value: Any) -> None:
+def check_count(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError unless ``value`` is None or a Python integer from 1."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):

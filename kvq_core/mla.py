@@ -100,7 +100,7 @@ class MLALayout:
         """Bytes of one token in one layer, scale and padding included."""
         return self.records.bytes_per_token
 
-    def shape(self, num_pages: int) -> tuple[int, int, int]:
+    def shape(self, num_pages: int) -> tuple[int, ...]:
         """The shape of a pool of ``num_pages`` pages: ``(num_pages, 1, record_bytes)``, uint8."""
         return self.records.shape(num_pages)
 

@@ -67,6 +67,7 @@ class GatherSpec:
     records: RecordSpec
     tile: int
     dtype: str
+    for_attention: bool  # V is finite: of a token whose V is not, K becomes NaN, which a mask can hide
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ def append_kv_(
     plan = plan_append_kv(layout, *specs, device_facts(pages.device))
     if plan is None:
         return
-    winners = slot_mapping if plan.claim is None else _launch(plan.claim, slot_mapping)[0]
-    _launch(plan.append, k, v, slot_mapping, winners, k_scale, v_scale, pages)
+    winners = slot_mapping if plan.claim is None else launch(plan.claim, slot_mapping)[0]
+    launch(plan.append, k, v, slot_mapping, winners, k_scale, v_scale, pages)
 
 
 def gather_kv(
@@ -49,14 +49,14 @@ def gather_kv(
     if plan is None:
         size = (page_table.shape[0], page_table.shape[1] * layout.page_size, pages.shape[layout.head_axis])
         return tuple(pages.new_zeros((*size, dim), dtype=dtype) for dim in (layout.head_dim, layout.head_dim_v))
-    return _launch(plan, pages, k_scale, v_scale, page_table, seq_lens)
+    return launch(plan, pages, k_scale, v_scale, page_table, seq_lens)
 
 
 def copy_pages_(pages: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> None:
     """See `kvq_torch.copy_pages_`."""
     plan = plan_copy_pages(array_spec(pages), array_spec(src), array_spec(dst), device_facts(pages.device))
     if plan is not None:
-        _launch(plan, src, dst, pages)
+        launch(plan, src, dst, pages)
 
 
 def paged_attention(
@@ -101,13 +101,13 @@ def paged_attention(
     sinks = k_scale if sinks is None else sinks
     alibi_slopes = k_scale if alibi_slopes is None else alibi_slopes
     cu_seqlens_q = seq_lens if cu_seqlens_q is None else cu_seqlens_q
-    results = _launch(plan.attend, q, pages, k_scale, v_scale, sinks, alibi_slopes, page_table, seq_lens, cu_seqlens_q)
+    results = launch(plan.attend, q, pages, k_scale, v_scale, sinks, alibi_slopes, page_table, seq_lens, cu_seqlens_q)
     if plan.merge is None:
         return results
-    return _launch(plan.merge, *results, sinks, seq_lens, cu_seqlens_q)
+    return launch(plan.merge, *results, sinks, seq_lens, cu_seqlens_q)
 
 
-def _launch(plan: LaunchPlan, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def launch(plan: LaunchPlan, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Run the kernel of ``plan`` and return its outputs; those with an alias are the input they were written to."""
     device = inputs[0].device
     with _launching_on(device):

@@ -26,6 +26,7 @@ SLOTS = torch.tensor([0, 1, 9, -1, 5])
 ATTENTION_OPTIONS = (
     "cu_seqlens_q",
     "max_seqlen_q",
+    "max_seqlen_k",
     "sm_scale",
     "causal",
     "window",
@@ -59,8 +60,8 @@ def _op_calls() -> dict:
     k, v = _kv(len(SLOTS), torch.bfloat16)
     q = _values(4, 4, 16)
     per_head = _values(4)
-    static = (None, None, True, None, None, None, None, cache.fingerprint, None)
-    sparse = (2, 0.3, False, 3, 10.0, per_head, per_head.abs(), cache.fingerprint, "eager")
+    static = (None, None, None, True, None, None, None, None, cache.fingerprint, None)
+    sparse = (2, 4, 0.3, False, 3, 10.0, per_head, per_head.abs(), cache.fingerprint, "eager")
     transposed_k = k.transpose(0, 1).contiguous().transpose(0, 1)
     transposed_q = _values(4, 4, 16).transpose(0, 1)
     return {
@@ -140,6 +141,7 @@ def test_eager_ops_never_read_a_value_back_to_the_host():
             *operands, _fingerprint = operands
             if op is _library.paged_attention_op:
                 options = dict(zip(ATTENTION_OPTIONS, operands[6:], strict=True))
+                del options["max_seqlen_k"]  # the op's own
                 out, _ = _library._eager.paged_attention(LAYOUT, *operands[:6], **options)
                 assert out.shape == (*operands[0].shape[:2], LAYOUT.head_dim_v)
             else:
@@ -349,7 +351,12 @@ def _append(**kwargs):
         ),
         (ValueError, "one of .*'triton'.*; got 'cudnn'", lambda: _attend(impl="cudnn")),
         (TypeError, "impl to be None or a string", lambda: _attend(impl=3)),
-        (NotImplementedError, "'sdpa' is not supported yet", lambda: _attend(impl="sdpa")),
+        (
+            NotImplementedError,
+            "'sdpa' is a way to attend",
+            lambda: gather_kv(_filled_cache(), PAGE_TABLE, SEQ_LENS, impl="sdpa"),
+        ),
+        (ValueError, "impl='sdpa' got tensors on a CPU", lambda: _attend(impl="sdpa")),
     ],
 )
 def test_op_refuses(error, message, call):

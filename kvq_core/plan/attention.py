@@ -68,8 +68,43 @@ def plan_paged_attention(
     )
     if q.shape[0] == 0:
         return None
+    queries = _few_queries(cu_seqlens_q, max_seqlen_q, q.shape[1] // pages.shape[layout.head_axis])
+    spec, shape = specify_attention(
+        layout,
+        q,
+        pages,
+        queries=queries,
+        sm_scale=sm_scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        has_sinks=sinks is not None,
+        has_alibi=alibi_slopes is not None,
+        has_cu_seqlens=cu_seqlens_q is not None,
+        device=device,
+    )
+    if queries is None:
+        return AttentionPlan(plan_prefill(spec, shape, q, page_table, pages), None)
+    return _plan_decode(spec, q, page_table, pages, shape)
+
+
+def specify_attention(
+    layout: CacheLayout,
+    q: ArraySpec,
+    pages: ArraySpec,
+    *,
+    queries: int | None,
+    sm_scale: float | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    has_sinks: bool,
+    has_alibi: bool,
+    has_cu_seqlens: bool,
+    device: DeviceFacts,
+) -> tuple[AttentionSpec, AttentionShape]:
+    """The kernel for at most ``queries`` queries a sequence, its keys split over programs; None splits the queries."""
     group = q.shape[1] // pages.shape[layout.head_axis]
-    queries = _few_queries(cu_seqlens_q, max_seqlen_q, group)
     operands = _operands(layout, q.dtype, device)
     most_rows = _FLOAT32_ROWS if "float32" in operands else _MANY_ROWS
     rows = _power_of_two(group, most_rows) if queries is None else min(_power_of_two(queries * group, 8), most_rows)
@@ -99,15 +134,13 @@ def plan_paged_attention(
         causal=bool(causal),
         window=min(window or 0, _FAR),
         softcap=float(softcap or 0.0),
-        has_sinks=sinks is not None,
-        has_alibi=alibi_slopes is not None,
-        has_cu_seqlens=cu_seqlens_q is not None,
+        has_sinks=has_sinks,
+        has_alibi=has_alibi,
+        has_cu_seqlens=has_cu_seqlens,
         overlap=queries is not None and device.has_pdl,
         programs=shape.programs,
     )
-    if queries is None:
-        return _plan_prefill(spec, q, page_table, pages, shape)
-    return _plan_decode(spec, q, page_table, pages, shape)
+    return spec, shape
 
 
 _FAR = 2**30  # a window that hides nothing, and still an int32 when added to a position
@@ -138,7 +171,9 @@ class _Operands(NamedTuple):
     v: str
 
 
-class _AttentionShape(NamedTuple):
+class AttentionShape(NamedTuple):
+    """What is chosen for a kernel and a device: the fields of `AttentionSpec` of these names, and launch options."""
+
     rows: int
     row_blocks: int
     queries: int
@@ -168,13 +203,13 @@ def _operands(layout: CacheLayout, q_dtype: str, device: DeviceFacts) -> _Operan
 
 def _decode_shape(
     records: RecordSpec, group: int, queries: int, rows: int, operands: _Operands, device: DeviceFacts
-) -> _AttentionShape:
+) -> AttentionShape:
     code_bytes = max(records.k.code_bytes, records.v.code_bytes)
     row_blocks = math.ceil(queries * group / rows)
     state = rows * max(records.k.padded_dim, records.v.padded_dim)
     num_warps = max(_FLOAT32_WARPS if "float32" in operands else 1, min(8, state // 2048))
     programs = device.num_sms * max(1, _DECODE_WARPS_PER_SM // num_warps)
-    return _AttentionShape(
+    return AttentionShape(
         rows=rows,
         row_blocks=row_blocks,
         queries=queries,
@@ -185,10 +220,10 @@ def _decode_shape(
     )
 
 
-def _prefill_shape(records: RecordSpec, group: int, rows: int, operands: _Operands) -> _AttentionShape:
+def _prefill_shape(records: RecordSpec, group: int, rows: int, operands: _Operands) -> AttentionShape:
     code_bytes = max(records.k.code_bytes, records.v.code_bytes)
     dim = max(records.k.padded_dim, records.v.padded_dim)
-    return _AttentionShape(
+    return AttentionShape(
         rows=rows,
         row_blocks=1,
         queries=rows // group,
@@ -199,7 +234,7 @@ def _prefill_shape(records: RecordSpec, group: int, rows: int, operands: _Operan
     )
 
 
-def _fit(shape: _AttentionShape, records: RecordSpec, operands: _Operands, device: DeviceFacts) -> _AttentionShape:
+def _fit(shape: AttentionShape, records: RecordSpec, operands: _Operands, device: DeviceFacts) -> AttentionShape:
     """``shape`` with less prefetching and fewer keys a step, until it fits into shared memory."""
     while _shared_bytes(shape, records, operands) > device.shared_bytes and (shape.num_stages, shape.tile) != (1, 16):
         if shape.num_stages > 2 or shape.tile == 16:
@@ -209,7 +244,7 @@ def _fit(shape: _AttentionShape, records: RecordSpec, operands: _Operands, devic
     return shape
 
 
-def _shared_bytes(shape: _AttentionShape, records: RecordSpec, operands: _Operands) -> int:
+def _shared_bytes(shape: AttentionShape, records: RecordSpec, operands: _Operands) -> int:
     """An upper bound of what Triton allocates: q, probabilities, prefetched codes, the larger converted operand."""
     sides = (records.k, operands.k), (records.v, operands.v)
     buffers = shape.num_stages - (shape.rows < _MANY_ROWS or shape.num_stages > 2)
@@ -233,7 +268,7 @@ def _tile(records: RecordSpec, step_bytes: int, most: int, operands: _Operands) 
 
 
 def _plan_decode(
-    spec: AttentionSpec, q: ArraySpec, page_table: ArraySpec, pages: ArraySpec, shape: _AttentionShape
+    spec: AttentionSpec, q: ArraySpec, page_table: ArraySpec, pages: ArraySpec, shape: AttentionShape
 ) -> AttentionPlan:
     num_seqs, max_pages = page_table.shape
     num_q_tokens, num_q_heads, _ = q.shape
@@ -263,11 +298,12 @@ def _plan_decode(
     return AttentionPlan(attend, merge)
 
 
-def _plan_prefill(
-    spec: AttentionSpec, q: ArraySpec, page_table: ArraySpec, pages: ArraySpec, shape: _AttentionShape
-) -> AttentionPlan:
+def plan_prefill(
+    spec: AttentionSpec, shape: AttentionShape, q: ArraySpec, page_table: ArraySpec, pages: ArraySpec
+) -> LaunchPlan:
+    """The launch of ``attend_queries``."""
     num_tiles = math.ceil(q.shape[0] / spec.queries) + page_table.shape[0] + 1
-    attend = LaunchPlan(
+    return LaunchPlan(
         kernel="attend_queries",
         grid=(num_tiles * spec.records.num_kv_heads, 1, 1),
         scalars=_attend_scalars(spec, q, page_table, pages),
@@ -277,7 +313,6 @@ def _plan_prefill(
         num_stages=shape.num_stages,
         enable_fp_fusion=True,
     )
-    return AttentionPlan(attend, None)
 
 
 def _attend_scalars(spec: AttentionSpec, q: ArraySpec, page_table: ArraySpec, pages: ArraySpec) -> tuple[int, ...]:

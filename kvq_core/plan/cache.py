@@ -95,18 +95,30 @@ def plan_gather_kv(
         ValueError, TypeError: see `kvq_core.arguments.check_gather_kv`.
     """
     arguments.check_gather_kv(layout, pages, page_table, seq_lens, dtype)
+    return plan_gather(layout, pages, page_table, page_table.shape[1] * layout.page_size, dtype, device)
+
+
+def plan_gather(
+    layout: CacheLayout,
+    pages: ArraySpec,
+    page_table: ArraySpec,
+    num_tokens: int,
+    dtype: str,
+    device: DeviceFacts,
+    for_attention: bool = False,
+) -> LaunchPlan | None:
+    """The launch of ``gather_kv`` for the first ``num_tokens`` tokens of each sequence; None if that is nothing."""
     num_seqs, max_pages = page_table.shape
     num_heads = pages.shape[layout.head_axis]
-    tokens = max_pages * layout.page_size
-    if num_seqs * tokens == 0:
+    if num_seqs * num_tokens == 0:
         return None
-    spec = GatherSpec(pool_spec(layout, pages, device), _GATHER_TILE, dtype)
+    spec = GatherSpec(pool_spec(layout, pages, device), _GATHER_TILE, dtype, for_attention)
     return LaunchPlan(
         kernel="gather_kv",
-        grid=(num_seqs * num_heads * math.ceil(tokens / spec.tile), 1, 1),
-        scalars=(pages.shape[0], max_pages),
+        grid=(num_seqs * num_heads * math.ceil(num_tokens / spec.tile), 1, 1),
+        scalars=(pages.shape[0], max_pages, num_tokens),
         outputs=tuple(
-            Output((num_seqs, tokens, num_heads, dim), dtype) for dim in (layout.head_dim, layout.head_dim_v)
+            Output((num_seqs, num_tokens, num_heads, dim), dtype) for dim in (layout.head_dim, layout.head_dim_v)
         ),
         constexprs=(("S", spec),),
         num_warps=4,
