@@ -114,7 +114,7 @@ def test_none_takes_the_library_for_a_long_prefill(head_dim):
 
 @pytest.mark.gpu
 def test_library_prefill_is_captured_in_a_cuda_graph_and_follows_new_lengths():
-    case, _ = CASES[1]
+    case = _case("graph", (70, 130))
     inputs = case.inputs()
     q, pages, table, lengths, starts = (backends.to_torch(x, "cuda") for x in (*inputs[:4], inputs.cu_seqlens_q))
     cache = KVCache(case.layout, pages=pages)
