@@ -1,12 +1,15 @@
-"""Prefill through PyTorch's library attention (impl="sdpa"): right whatever the lengths are, or refused."""
+"""Prefill through cuDNN (impl="sdpa", in JAX "cudnn"): right whatever the lengths are, or refused."""
 
 from __future__ import annotations
 
 import functools
 
+import jax
+import numpy as np
 import pytest
 import torch
 
+import kvq_jax
 from kvq_core import CacheLayout
 from kvq_torch import KVCache, _sdpa, append_kv_, paged_attention
 from tests import backends
@@ -93,6 +96,49 @@ def _dense_attention(q, k, v, *, is_causal, scale):
     return torch.einsum("bhij,bjhd->bihd", p, v).to(q.dtype).contiguous(), lse.contiguous()
 
 
+WHOLE_PROMPTS = [case for case, max_seqlen_k in CASES if max_seqlen_k is None and not case.sinks]
+on_whole_prompts = pytest.mark.parametrize("case", WHOLE_PROMPTS, ids=[case.name for case in WHOLE_PROMPTS])
+
+
+def _assert_jax_is_right(case: AttentionCase) -> None:
+    inputs = case.inputs()
+    cache = kvq_jax.KVCache.create(case.layout, pages=inputs.pages)
+    call = functools.partial(kvq_jax.paged_attention, cu_seqlens_q=inputs.cu_seqlens_q, **case.options(), impl="cudnn")
+    out = np.asarray(jax.jit(call)(inputs.q, cache, inputs.page_table, inputs.seq_lens))
+    exact, naive = _expected(case)
+    assert_no_worse_than_naive(Attention(out, exact.lse.astype(np.float32)), exact, naive)
+
+
+@pytest.mark.gpu
+@on_whole_prompts
+def test_library_prefill_in_jax_is_no_worse_than_naive(case):
+    _assert_jax_is_right(case)
+
+
+@pytest.mark.interpreter
+@on_whole_prompts
+def test_what_surrounds_the_library_in_jax_is_right_in_the_interpreter(case, monkeypatch):
+    monkeypatch.setattr(kvq_jax._cudnn, "dense_attention", _dense_attention_in_jax)
+    _assert_jax_is_right(case)
+
+
+def _dense_attention_in_jax(q, k, v, scale):
+    return jax.nn.dot_product_attention(*(x.astype("float32") for x in (q, k, v)), scale=scale, is_causal=True).astype(
+        q.dtype
+    )
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("options", [{"return_lse": True}, {"max_seqlen_k": 130}, {"window": 3}])
+def test_what_the_library_in_jax_cannot_do_is_refused(options):
+    case, _ = CASES[0]
+    inputs = _case("wide", (70, 130)).inputs()
+    cache = kvq_jax.KVCache.create(case.layout, pages=inputs.pages)
+    call = functools.partial(kvq_jax.paged_attention, cu_seqlens_q=inputs.cu_seqlens_q, max_seqlen_q=70, impl="cudnn")
+    with pytest.raises(NotImplementedError, match="impl='cudnn': expected"):
+        call(inputs.q, cache, inputs.page_table, inputs.seq_lens, **options)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [128, 256])
 def test_none_takes_the_library_for_a_long_prefill(head_dim):
@@ -116,7 +162,8 @@ def test_none_takes_the_library_for_a_long_prefill(head_dim):
 def test_library_prefill_is_captured_in_a_cuda_graph_and_follows_new_lengths():
     case = _case("graph", (70, 130))
     inputs = case.inputs()
-    q, pages, table, lengths, starts = (backends.to_torch(x, "cuda") for x in (*inputs[:4], inputs.cu_seqlens_q))
+    q, pages, table, lengths = (backends.to_torch(x, "cuda") for x in inputs[:4])
+    starts = torch.tensor([0, 70], dtype=torch.int32, device="cuda")
     cache = KVCache(case.layout, pages=pages)
     run = functools.partial(
         paged_attention, q, cache, table, lengths, cu_seqlens_q=starts, max_seqlen_q=70, max_seqlen_k=130, impl="sdpa"
