@@ -22,8 +22,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 
 from kvq_core import CacheLayout, kernels
-from kvq_core.plan import DeviceFacts
+from kvq_core.plan import DeviceFacts, LibraryPlan, plan_library_attention
 from kvq_torch import _triton
+from kvq_torch._interop import array_spec
 
 KIB = 1024
 
@@ -247,3 +248,33 @@ def attention(
     return lambda: _triton.paged_attention(
         cache, q, pages, SCALE, SCALE, _indices(num_seqs, max_pages), _indices(num_seqs), **arguments
     )
+
+
+def library_prefill(
+    cache: CacheLayout, num_seqs: int = 2, max_pages: int = 64, *, queries: int = 100, prefix: int = 0
+) -> Callable[[], Any]:
+    """The launches around a library's attention: gather_kv into bfloat16, and finish_queries."""
+    q = torch.empty((num_seqs * queries, 4 * cache.num_kv_heads, cache.head_dim), dtype=torch.bfloat16)
+    pages, table, lengths = _pages(cache, 64), _indices(num_seqs, max_pages), _indices(num_seqs)
+    starts, lse = _indices(num_seqs + 1), torch.empty(num_seqs, q.shape[1], queries)
+
+    def run() -> None:
+        plan = plan_library_attention(
+            cache,
+            *map(array_spec, (q, pages, table, lengths)),
+            cu_seqlens_q=array_spec(starts),
+            max_seqlen_q=queries,
+            max_seqlen_k=queries + prefix,
+            sm_scale=None,
+            causal=True,
+            window=None,
+            softcap=None,
+            sinks=None,
+            alibi_slopes=None,
+            device=_triton.device_facts(q.device),
+        )
+        assert isinstance(plan, LibraryPlan), plan
+        _triton.launch(plan.gather, pages, SCALE, SCALE, table, lengths)
+        _triton.launch(plan.finish, q, pages, SCALE, SCALE, SCALE, SCALE, table, lengths, starts, q, lse, q, lse)
+
+    return run

@@ -14,7 +14,16 @@ from tests.compiling import TARGETS, KernelCall, Target, compiled, layout, recor
 
 MODES = [mode.value for mode in KVQuantMode]
 MIXED = "int8_per_token_head/fp8_e4m3"
-KERNELS = ["append_kv", "claim_slots", "gather_kv", "copy_pages", "attend_segments", "merge_segments", "attend_queries"]
+KERNELS = [
+    "append_kv",
+    "claim_slots",
+    "gather_kv",
+    "copy_pages",
+    "attend_segments",
+    "merge_segments",
+    "attend_queries",
+    "finish_queries",
+]
 MIXED_SCALES = "int8_per_token_head/fp8_per_token_head"
 ROWS = {"scale_placement": "row", "row_order": "NHD"}
 SM_90 = TARGETS["sm_90"]
@@ -30,6 +39,7 @@ def calls_of(target: Target, mode: str, head_dim: int, **placement: str) -> dict
     cache = layout(mode, head_dim, **placement)
     launches = [
         compiling.append(cache),
+        compiling.library_prefill(cache, prefix=28),
         compiling.gather(cache),
         compiling.copy(cache),
         compiling.attention(cache, dtype=q_dtype(mode)),

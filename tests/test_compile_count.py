@@ -71,6 +71,11 @@ def test_prefill_is_one_program_for_all_prompt_lengths():
     assert kernels_of(compiling.attention(LAYOUT, 2, queries=n) for n in lengths) == ["attend_queries"]
 
 
+def test_prefill_through_a_library_is_one_program_for_all_prompt_lengths():
+    lengths = [n for n in COUNTS if n <= 1024]
+    assert kernels_of(compiling.library_prefill(LAYOUT, queries=n) for n in lengths) == ["finish_queries", "gather_kv"]
+
+
 def test_scales_are_arrays_and_no_part_of_a_program(monkeypatch):
     layout = compiling.layout("fp8_e4m3/fp8_e5m2", 64)
     launches = [compiling.append(layout), compiling.gather(layout), compiling.attention(layout)]
@@ -102,6 +107,7 @@ def _every_op(num_tokens: int, num_seqs: int, max_pages: int, num_pages: int) ->
     paged_attention(q, cache, page_table, seq_lens)
     cu_seqlens_q = torch.arange(num_seqs + 1, dtype=torch.int32, device="cuda")
     paged_attention(q, cache, page_table, seq_lens, cu_seqlens_q=cu_seqlens_q)
+    paged_attention(q, cache, page_table, seq_lens, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=1, impl="sdpa")
 
 
 @pytest.mark.gpu
@@ -110,7 +116,7 @@ def test_triton_compiles_nothing_for_new_counts():
         getattr(kernels, kernel).device_caches.clear()
     _every_op(num_tokens=300, num_seqs=3, max_pages=5, num_pages=9)
     expected = _compiled_kernels()
-    assert expected == dict.fromkeys(KERNELS, 1)
+    assert expected == dict.fromkeys(KERNELS, 1) | {"gather_kv": 2}  # for the caller, and for the library
     for sizes in ((1, 1, 1, 1), (16, 16, 16, 16), (257, 129, 64, 65), (5000, 300, 7, 400)):
         _every_op(*sizes)
         assert _compiled_kernels() == expected, sizes
