@@ -33,6 +33,16 @@ def optional_spec(tensor: torch.Tensor | None) -> ArraySpec | None:
     return None if tensor is None else array_spec(tensor)
 
 
+def known_spec(tensor: torch.Tensor) -> ArraySpec:
+    """`array_spec` in half the time, for tensors that nothing traces: the sizes of others may be symbols."""
+    return _spec(tensor.dtype, tensor.shape, tensor.stride())
+
+
+@functools.lru_cache(maxsize=4096)
+def _spec(dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> ArraySpec:
+    return ArraySpec(dtype_name(dtype), tuple(shape), strides)
+
+
 @functools.cache
 def device_facts(device: torch.device) -> DeviceFacts:
     """What a launch plan depends on; a CPU stands for Triton's interpreter."""

@@ -178,12 +178,18 @@ def _backend(impl: str | None, device: torch.device) -> ModuleType:
         return _eager
     if impl == "triton":
         _check_triton_runs_on(device, impl)
-        from kvq_torch import _triton
-
-        return _triton
+        return _triton()
     if impl == "sdpa":
         raise NotImplementedError("impl='sdpa' is a way to attend; use 'triton', 'eager' or None for the other ops")
     raise ValueError(f"expected impl to be None or one of {_IMPLS}; got {impl!r}")
+
+
+@functools.cache
+def _triton() -> ModuleType:
+    """Imported when it is first used, because it needs Triton, and once, because an import takes time every time."""
+    from kvq_torch import _triton
+
+    return _triton
 
 
 def _check_triton_runs_on(device: torch.device, impl: str) -> None:

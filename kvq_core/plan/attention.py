@@ -17,8 +17,8 @@ class AttentionPlan(NamedTuple):
     """The one or two launches of an attention.
 
     ``attend``: (q, pages, k_scale, v_scale, sinks or k_scale, alibi_slopes or k_scale, page_table, seq_lens,
-    cu_seqlens_q or seq_lens) -> (out, lse), or partial results for ``merge``: (partial_out, partial_lse, sinks or
-    k_scale, seq_lens, cu_seqlens_q or seq_lens) -> (out, lse).
+    cu_seqlens_q or seq_lens) -> (out, lse), or partial results for ``merge``: (partial, sinks or k_scale, seq_lens,
+    cu_seqlens_q or seq_lens) -> (out, lse).
     """
 
     attend: LaunchPlan
@@ -139,6 +139,7 @@ def specify_attention(
         has_cu_seqlens=has_cu_seqlens,
         overlap=queries is not None and device.has_pdl,
         programs=shape.programs,
+        part_stride=_part_stride(shape.queries * group, layout.head_dim_v),
     )
     return spec, shape
 
@@ -267,6 +268,11 @@ def _tile(records: RecordSpec, step_bytes: int, most: int, operands: _Operands) 
     return max(16, min(most, 1 << (step_bytes // key_bytes).bit_length() - 1))
 
 
+def _part_stride(rows: int, head_dim_v: int) -> int:
+    """Rows of values, which are multiples of 16 bytes, and a log-sum-exp for each; padded for the next part's rows."""
+    return rows * head_dim_v + math.ceil(rows / 4) * 4
+
+
 def _plan_decode(
     spec: AttentionSpec, q: ArraySpec, page_table: ArraySpec, pages: ArraySpec, shape: AttentionShape
 ) -> AttentionPlan:
@@ -274,12 +280,11 @@ def _plan_decode(
     num_q_tokens, num_q_heads, _ = q.shape
     records = spec.records
     num_segments = num_seqs + spec.programs
-    partial_rows = (num_segments, records.num_kv_heads, spec.queries * spec.group)
     attend = LaunchPlan(
         kernel="attend_segments",
         grid=(spec.programs * spec.row_blocks * records.num_kv_heads, 1, 1),
         scalars=_attend_scalars(spec, q, page_table, pages),
-        outputs=(Output((*partial_rows, records.v.head_dim), "float32"), Output(partial_rows, "float32")),
+        outputs=(Output((num_segments, records.num_kv_heads, spec.part_stride), "float32"),),
         constexprs=(("S", spec),),
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
