@@ -22,8 +22,11 @@ Scales = tuple[float, float]
 class Backend(Protocol):
     """Pages that come back are the same view of a copied buffer, so that what lies between pages is compared too."""
 
-    name: str
-    takes_strides: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def takes_strides(self) -> bool: ...
 
     def append(self, layout: CacheLayout, pages, k, v, slots, scales: Scales) -> np.ndarray: ...
 
@@ -180,6 +183,20 @@ ON_GPU = (
     TorchBackend("torch-eager-gpu", "eager", "cuda"),
 )
 ALL = (*IN_PROCESS, *INTERPRETED, *ON_GPU)
+
+
+def takes_on(backend: Backend, case: Any) -> bool:
+    """Whether the conformance tests run ``case`` on ``backend``; see `tests.cases` for the tags."""
+    if backend in INTERPRETED:
+        one_of_each = backend.name == "torch-interpreter" or "callback" in case.tags
+        return one_of_each and not case.tags & {"large", "sweep"}
+    return backend.name != "jax-xla" or "sweep" not in case.tags
+
+
+def lacks_strides(backend: Backend, case: Any) -> bool:
+    """Whether the arrays of ``case`` have strides that those of ``backend`` cannot have."""
+    strided = getattr(case, "strides", None) or getattr(case, "pool", None)
+    return bool(strided) and not backend.takes_strides
 
 
 def marks_of(backend: Backend) -> tuple:

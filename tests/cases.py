@@ -66,9 +66,13 @@ def layout_of(
 
 
 def _thinned(all_cases):
-    """Every third case is tagged a sweep."""
+    """Every third case is tagged a sweep, unless it goes through the callback."""
     for i, case in enumerate(all_cases):
-        yield dataclasses.replace(case, tags=case.tags | SWEEP) if i % 3 == 2 else case
+        yield dataclasses.replace(case, tags=SWEEP) if i % 3 == 2 and not case.tags else case
+
+
+def _callback_if(condition: bool) -> frozenset[str]:
+    return CALLBACK if condition else frozenset()
 
 
 def _append_cases():
@@ -148,7 +152,7 @@ def _gather_cases():
 
 
 def _copy_cases():
-    for mode, page in ((INT8, 1), (INT8, 24), (FP8, 128), ("float32", 16), ("bfloat16", 5)):
+    for mode, page in (*zip(MODES, (5, 64, 16, 8, 32, 1, 128), strict=True), (INT8, 24)):
         yield CopyCase(f"page-{page}-{mode}", layout_of(mode, page, 3, 80), tags=CALLBACK)
     for index_dtype in ("int32", "int64"):
         yield CopyCase(f"foreign-{index_dtype}", layout_of(INT8, 8), foreign=True, index_dtype=index_dtype)
@@ -175,7 +179,7 @@ def _attention_modes():
     for kind, mode in itertools.product(KINDS, (*MODES, *PAIRS)):
         yield AttentionCase(f"{kind}-{mode}", layout_of(mode), **KINDS[kind], **SCALES, tags=CALLBACK)
     for kind, mode, q_dtype in itertools.product(BOTH, (INT8, FP8, "fp8_e5m2", *DTYPES), ("float16", "float32")):
-        tags = SWEEP if (kind == "decode") == (q_dtype == "float16") else frozenset()
+        tags = SWEEP if (kind == "decode") == (q_dtype == "float16") else _callback_if(mode == INT8)
         yield AttentionCase(
             f"{kind}-{mode}-q-{q_dtype}", layout_of(mode), q_dtype=q_dtype, **KINDS[kind], **SCALES, tags=tags
         )
@@ -184,13 +188,15 @@ def _attention_modes():
 def _attention_shapes():
     for kind, (i, (dim, dim_v)) in itertools.product(BOTH, enumerate(HEAD_DIMS)):
         for mode in (INT8, ("bfloat16", FP8, "fp8_e4m3", "float32")[i % 4]):
-            layout = layout_of(mode, 16, 1, dim, dim_v)
-            yield AttentionCase(f"{kind}-dims-{dim}-{dim_v}-{mode}", layout, **KINDS[kind])
+            layout, tags = layout_of(mode, 16, 1, dim, dim_v), _callback_if(mode == INT8 and i % 3 == 0)
+            yield AttentionCase(f"{kind}-dims-{dim}-{dim_v}-{mode}", layout, **KINDS[kind], tags=tags)
     for kind, (i, page) in itertools.product(BOTH, enumerate(PAGE_SIZES)):
-        yield AttentionCase(f"{kind}-page-{page}", layout_of((INT8, FP8)[i % 2], page, 1), **KINDS[kind])
+        layout, tags = layout_of((INT8, FP8)[i % 2], page, 1), _callback_if(i % 3 == 0)
+        yield AttentionCase(f"{kind}-page-{page}", layout, **KINDS[kind], tags=tags)
     for kind, (heads, group) in itertools.product(KINDS, ((3, 1), (1, 3), (1, 5), (1, 8), (1, 12), (1, 33), (5, 1))):
+        tags = _callback_if(kind == "decode" and group in (1, 33))
         yield AttentionCase(
-            f"{kind}-heads-{heads}-group-{group}", layout_of(INT8, heads=heads), group=group, **KINDS[kind]
+            f"{kind}-heads-{heads}-group-{group}", layout_of(INT8, heads=heads), group=group, **KINDS[kind], tags=tags
         )
     for queries in (2, 16):
         seqs = ((queries, 40), (1, 7))
@@ -216,8 +222,16 @@ OPTIONS = {
 def _attention_options():
     for kind, (name, options) in itertools.product(KINDS, OPTIONS.items()):
         yield AttentionCase(f"{kind}-{name}", layout_of(INT8), **KINDS[kind], **options)
-    for kind, mode in itertools.product(BOTH, (FP8, "fp8_e4m3", "bfloat16", "float32")):
-        yield AttentionCase(f"{kind}-all-{mode}", layout_of(mode), **KINDS[kind], **OPTIONS["all"], **SCALES)
+
+
+def _attention_options_of_modes():
+    """Every option over every mode, many at once."""
+    for mode, name in itertools.product((*MODES, MIXED_PAIR), ("all", "all-but-causal")):
+        for kind in BOTH if name == "all" else ("prefill",):
+            tags = _callback_if((kind == "decode") == (name == "all"))
+            yield AttentionCase(
+                f"{kind}-{name}-of-{mode}", layout_of(mode), **KINDS[kind], **OPTIONS[name], **SCALES, tags=tags
+            )
 
 
 TINY, HUGE, MIXED = (-4, -4), (4, 4), (-4, 4)
@@ -272,7 +286,7 @@ def _attention_calls():
     for kind in KINDS:
         yield AttentionCase(f"{kind}-wide-table", layout_of(INT8), **KINDS[kind], spare_columns=30)
         yield AttentionCase(f"{kind}-padded-pages", layout_of(INT8), **KINDS[kind], pool="shared")
-    yield AttentionCase("decode-shared-pages", layout_of(INT8), shared, shared_pages=2)
+    yield AttentionCase("decode-shared-pages", layout_of(INT8), shared, shared_pages=2, tags=CALLBACK)
     yield AttentionCase(
         "prefill-shared-pages", layout_of(FP8), ((9, 40), (32, 64), (2, 34)), ragged=True, shared_pages=2
     )
@@ -360,6 +374,7 @@ ATTENTION_CASES = (
     *_attention_modes(),
     *_thinned(_attention_shapes()),
     *_thinned(_attention_options()),
+    *_attention_options_of_modes(),
     *_thinned(_attention_amplitudes()),
     *_attention_precise_queries(),
     *_attention_traps(),

@@ -22,21 +22,13 @@ def on_backends(all_cases):
         pytest.param(backend, case, id=f"{backend.name}-{case.name}", marks=backends.marks_of(backend))
         for backend in backends.ALL
         for case in all_cases
-        if _takes_on(backend, case)
+        if backends.takes_on(backend, case)
     ]
     return pytest.mark.parametrize(("backend", "case"), params)
 
 
-def _takes_on(backend, case) -> bool:
-    """See `tests.cases` for the tags."""
-    if backend in backends.INTERPRETED:
-        one_of_each = backend.name == "torch-interpreter" or "callback" in case.tags
-        return one_of_each and not case.tags & {"large", "sweep"}
-    return backend.name != "jax-xla" or "sweep" not in case.tags
-
-
 def _skip_if_strided(backend, case) -> None:
-    if (getattr(case, "strides", None) or getattr(case, "pool", None)) and not backend.takes_strides:
+    if backends.lacks_strides(backend, case):
         pytest.skip("JAX arrays are dense: without strides this is a case of its own")
 
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from tests import backends, cases
 from tests import inputs as make
-from tests.case_types import AppendCase, AttentionCase
-from tests.compare import Attention, assert_no_worse_than_naive, assert_same_bytes
+from tests.case_types import AppendCase, AttentionCase, GatherCase
+from tests.compare import Attention, assert_no_worse_than_naive, assert_same_bytes, with_one_nan
 from tests.inputs import root
 from tests.naive import naive_attention, naive_merge
 
@@ -52,11 +52,21 @@ def append_cases(draw):
 
 
 @st.composite
-def attention_cases(draw):
-    ragged = draw(st.booleans())
+def sequences(draw, most: int):
+    """Queries, at most so many, and keys of some sequences; a single query often, as in a batch that also decodes."""
     lengths = draw(st.lists(st.integers(0, 60), min_size=1, max_size=4))
-    seqs = tuple((draw(st.integers(0, min(length, 20))) if ragged else 1, length) for length in lengths)
+    counts = (draw(st.integers(0, most) | st.just(1)) for _ in lengths)
+    return tuple((min(count, length), length) for count, length in zip(counts, lengths, strict=True))
+
+
+@st.composite
+def attention_cases(draw):
+    kind = draw(st.sampled_from(["decode", "few", "ragged"]))
+    ragged = kind != "decode"
+    seqs = draw(sequences(8 if kind == "few" else 40))
     most = max(1, *(count for count, _ in seqs), 1)
+    if not ragged:
+        seqs = tuple((1, length) for _, length in seqs)
     return AttentionCase(
         f"property-{draw(st.integers(0, 2**32))}",
         draw(layouts()),
@@ -65,7 +75,7 @@ def attention_cases(draw):
         ragged=ragged,
         q_dtype=draw(st.sampled_from(["bfloat16", "float16"])),
         padding_rows=draw(st.integers(0, 2)) if ragged else 0,
-        max_seqlen_q=draw(st.none() | st.integers(most, most + 3)),
+        max_seqlen_q=draw(st.integers(most, 16) if kind == "few" else st.none() | st.integers(most, most + 3)),
         causal=draw(st.booleans()),
         window=draw(st.none() | st.integers(1, 70)),
         softcap=draw(st.none() | st.floats(1, 50)),
@@ -73,6 +83,21 @@ def attention_cases(draw):
         alibi=draw(st.booleans()),
         v_exponents=draw(st.sampled_from([(0, 0), (-2, 2), (-4, -4), (2, 2)])),
         spare_columns=draw(st.integers(0, 3)),
+        k_scale=draw(st.floats(0.1, 10)),
+        v_scale=draw(st.floats(0.1, 10)),
+    )
+
+
+@st.composite
+def gather_cases(draw):
+    return GatherCase(
+        f"property-{draw(st.integers(0, 2**32))}",
+        draw(layouts()),
+        tuple(draw(st.lists(st.integers(0, 60), max_size=4))),
+        dtype=draw(st.sampled_from(cases.DTYPES)),
+        spare_columns=draw(st.integers(0, 3)),
+        k_scale=draw(st.floats(1e-3, 1e3)),
+        v_scale=draw(st.floats(1e-3, 1e3)),
     )
 
 
@@ -112,6 +137,17 @@ def test_any_rows_into_any_layout_make_the_bytes_of_the_reference(backend):
         assert_same_bytes(got, want, case.layout)
 
     examples_of(backend, appends)
+
+
+@backends.parametrize_backends
+def test_any_rows_of_any_layout_are_read_as_by_the_reference(backend):
+    @given(gather_cases())
+    def gathers(case):
+        args = (case.layout, *case.inputs(), case.dtype, (case.k_scale, case.v_scale))
+        for got, want in zip(backend.gather(*args), backends.NUMPY.gather(*args), strict=True):
+            assert_same_bytes(with_one_nan(got), with_one_nan(want))
+
+    examples_of(backend, gathers)
 
 
 @backends.parametrize_backends
