@@ -14,7 +14,7 @@ from triton.runtime import driver
 
 from kvq_core import kernels
 from kvq_core.layout import CacheLayout
-from kvq_core.plan import LaunchPlan, plan_append_kv, plan_copy_pages, plan_gather_kv, plan_paged_attention
+from kvq_core.plan import LaunchPlan, Output, plan_append_kv, plan_copy_pages, plan_gather_kv, plan_paged_attention
 from kvq_torch._interop import device_facts, dtype_name, known_spec, torch_dtype
 
 
@@ -124,43 +124,52 @@ def _launcher(plan: LaunchPlan, device: torch.device) -> _Launcher:
 
 
 class _Launcher:
-    """Runs a plan on a device and keeps what no call changes, so that the host is soon done with the others.
+    """Runs a plan on a device and keeps what no call changes: the host takes longer than a decode step of few tokens.
 
-    Triton finds a compiled kernel by itself, but takes 30 us and more to do so, and asks the driver about the pointer
-    of every tensor.
+    Triton finds a compiled kernel by itself, but takes 30 us and more to do so, and asks the driver about every tensor.
     """
 
     def __init__(self, plan: LaunchPlan, device: torch.device) -> None:
         self._plan = plan
         self._device = device
-        self._outputs = [(output.shape, torch_dtype(output.dtype), output.alias) for output in plan.outputs]
+        self._outputs = [
+            _prototype(output, device) if output.alias is None else output.alias for output in plan.outputs
+        ]
         self._constexprs = [value for _, value in plan.constexprs]
         self._compiled: Any = None  # for operands that are multiples of 16 bytes: others take another kernel
 
     def __call__(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        outputs = tuple(
-            [  # a list is faster than a generator, and sizes one by one than a tuple of them
-                torch.empty(*shape, dtype=dtype, device=self._device) if alias is None else inputs[alias]
-                for shape, dtype, alias in self._outputs
-            ]
-        )
+        plan, compiled = self._plan, self._compiled
+        # Lists, because generators are slow.
+        new_or_alias = [inputs[like] if isinstance(like, int) else torch.empty_like(like) for like in self._outputs]
+        outputs = tuple(new_or_alias)
         addresses = [tensor.data_ptr() for tensor in inputs]
         is_aligned = functools.reduce(operator.or_, addresses) % 16 == 0
-        if self._compiled is None or not is_aligned or _has_launch_hooks():
-            compiled = _compile_and_launch(self._plan, (*inputs, *self._plan.scalars, *outputs))
+        if compiled is None or not is_aligned or _has_launch_hooks():
+            compiled = _compile_and_launch(plan, (*inputs, *plan.scalars, *outputs))
             self._compiled = compiled if is_aligned else self._compiled
-        else:
-            self._launch(*addresses, *self._plan.scalars, *[tensor.data_ptr() for tensor in outputs])
+        else:  # what compiled[plan.grid](...) does with tensors, where nobody listens to launches
+            compiled.run(
+                *plan.grid,
+                driver.active.get_current_stream(self._device.index),  # pyright: ignore[reportAttributeAccessIssue]
+                compiled.function,
+                compiled.packed_metadata,
+                *_NO_HOOKS,
+                *addresses,
+                *plan.scalars,
+                *[tensor.data_ptr() for tensor in outputs],
+                *self._constexprs,
+            )
         return outputs
 
-    def _launch(self, *operands: int) -> None:
-        """What ``compiled[grid](*operands)`` does, where nobody listens to launches."""
-        compiled = self._compiled
-        stream = driver.active.get_current_stream(self._device.index)  # pyright: ignore[reportAttributeAccessIssue]
-        hooks = (None, None, None)
-        compiled.run(
-            *self._plan.grid, stream, compiled.function, compiled.packed_metadata, *hooks, *operands, *self._constexprs
-        )
+
+_NO_HOOKS = (None, None, None)  # what hooks are told, before and after a launch
+
+
+def _prototype(output: Output, device: torch.device) -> torch.Tensor:
+    """What a new buffer is like, in the memory of one element: torch.empty_like takes half the time of torch.empty."""
+    element = torch.empty((1,) * len(output.shape), dtype=torch_dtype(output.dtype), device=device)
+    return element.expand(output.shape)
 
 
 def _has_launch_hooks() -> bool:

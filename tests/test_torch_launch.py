@@ -121,10 +121,21 @@ def test_a_profiler_that_listens_to_launches_hears_of_them(kernel, tensors, name
 
 def test_plans_and_devices_have_kernels_of_their_own():
     plans = LaunchPlan(**PLAN_FIELDS), LaunchPlan(**PLAN_FIELDS)
-    devices = [torch.device("cuda", index) for index in range(2)]
+    devices = torch.device("cpu"), torch.device("meta")
     launchers = {_triton._launcher(plan, device) for plan in plans for device in devices}
     assert len(launchers) == 4
-    assert _triton._launcher(plans[0], torch.device("cuda", 1)) in launchers
+    assert _triton._launcher(plans[0], torch.device("meta")) in launchers
+
+
+@pytest.mark.parametrize("shape", [(16,), (1, 1), (3, 1, 5), (1, 4, 1, 16), (2, 3, 4, 5)])
+@pytest.mark.parametrize("inference", [False, True])
+def test_new_buffers_are_dense_and_as_the_plan_says(kernel, shape, inference):
+    plan = LaunchPlan(**PLAN_FIELDS | {"outputs": (Output(shape, "bfloat16"),)})
+    with torch.inference_mode(inference):
+        _triton.launch(plan, torch.zeros(4))
+    (buffer,) = _triton.launch(plan, torch.zeros(4))
+    assert (buffer.shape, buffer.dtype, buffer.stride()) == (shape, torch.bfloat16, torch.empty(shape).stride())
+    assert not buffer.is_inference()
 
 
 @pytest.mark.parametrize("launch_pdl", [False, True])
