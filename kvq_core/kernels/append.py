@@ -61,9 +61,10 @@ def append_kv(
     k = _load_rows(k_ptr, token, head, num_tokens, k_stride_token, k_stride_head, K, S.k_align)
     v = _load_rows(v_ptr, token, head, num_tokens, v_stride_token, v_stride_head, V, S.v_align)
     slot = tl.load(slot_mapping_ptr + token, mask=token < num_tokens, other=-1).to(tl.int64)
-    writes = (slot >= 0) & (slot < num_pages.to(tl.int64) * R.page_size)
+    num_slots = num_pages.to(tl.int64) * R.page_size
+    writes = (slot >= 0) & (slot < num_slots)
     if num_tokens <= S.scan:
-        writes = writes & ~_written_by_later_token(slot_mapping_ptr, token, slot, num_tokens, S.scan)
+        writes = writes & ~_written_by_later_token(slot_mapping_ptr, token, slot, num_tokens, num_slots, S.scan)
     else:
         writes = writes & (tl.load(winners_ptr + slot, mask=writes, other=-1).to(tl.int64) == token)
     records = record_offsets(slot // R.page_size, head, R)
@@ -73,11 +74,16 @@ def append_kv(
 
 
 @triton.jit
-def _written_by_later_token(slot_mapping_ptr, token, slot, num_tokens, SCAN: tl.constexpr):
-    """Whether a later token has the same slot: of several tokens with one slot, only the last writes its row."""
+def _written_by_later_token(slot_mapping_ptr, token, slot, num_tokens, num_slots, SCAN: tl.constexpr):
+    """Whether a later token has the same slot: of several tokens with one slot, only the last writes its row.
+
+    Slots of the pool are compared by their lower 32 bits, for which no memory is large enough to repeat. 64 bits would
+    take the registers of every fourth program.
+    """
     other = tl.arange(0, SCAN)
     other_slot = tl.load(slot_mapping_ptr + other, mask=other < num_tokens, other=-1).to(tl.int64)
-    same = (other_slot[None, :] == slot[:, None]) & (other[None, :] > token[:, None])
+    other_slot = tl.where((other_slot >= 0) & (other_slot < num_slots), other_slot, -1).to(tl.int32)
+    same = (other_slot[None, :] == slot.to(tl.int32)[:, None]) & (other[None, :] > token.to(tl.int32)[:, None])
     return tl.max(same.to(tl.int32), axis=1) > 0
 
 
