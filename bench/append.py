@@ -39,7 +39,7 @@ def measure(case: AppendCase) -> Iterator[Row]:
 
 
 def measure_host(case: DecodeCase) -> Iterator[Row]:
-    """The host's time for one append of a token a sequence and one attention, as engines decode: no graph, no autograd."""
+    """The host's time for one append of a token a sequence and one attention: no graph, no autograd."""
     cache, q = pools.kvq_cache(case, INT8, 0), pools.queries(case, 0)
     table = torch.from_numpy(tables.page_table(case)).cuda()
     seq_lens = torch.tensor(case.seq_lens, dtype=torch.int32).cuda()
