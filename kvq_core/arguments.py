@@ -127,8 +127,7 @@ def check_paged_attention(
     for name, spec in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
         if spec is not None:
             _check_vector(name, spec, ("float32",), "num_q_heads", q.shape[1])
-    if not isinstance(causal, bool):
-        raise TypeError(f"expected causal to be True or False; got {causal!r}")
+    _check_bool("causal", causal)
     _check_count("max_seqlen_q", max_seqlen_q)
     _check_count("window", window)
     _check_number("sm_scale", sm_scale)
@@ -245,6 +244,11 @@ def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
             return False
         expected *= size
     return True
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"expected {name} to be True or False; got {value!r}")
 
 
 def _check_count(name: str, value: Any) -> None:

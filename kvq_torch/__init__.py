@@ -7,11 +7,23 @@
     k, v = gather_kv(cache, page_table, seq_lens)         # dense values, for inspection
     copy_pages_(cache, src, dst)                          # copy on write of shared pages
 
+A cache with an ``MLALayout`` goes with ``append_mla_``, ``gather_mla`` and ``mla_attention``.
+
 The ops never read a value back to the host: they are safe in CUDA graphs and under ``torch.compile(fullgraph=True)``.
 `kvq_core.checks` looks at values for who wants it.
 """
 
 from kvq_torch.cache import KVCache
+from kvq_torch.mla import append_mla_, gather_mla, mla_attention
 from kvq_torch.ops import append_kv_, copy_pages_, gather_kv, paged_attention
 
-__all__ = ["KVCache", "append_kv_", "copy_pages_", "gather_kv", "paged_attention"]
+__all__ = [
+    "KVCache",
+    "append_kv_",
+    "append_mla_",
+    "copy_pages_",
+    "gather_kv",
+    "gather_mla",
+    "mla_attention",
+    "paged_attention",
+]

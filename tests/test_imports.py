@@ -17,7 +17,7 @@ LAYERS = (
     ("kvq_core.modes", "kvq_core.codec"),
     ("kvq_core.layout",),
     ("kvq_core.mla",),
-    ("kvq_core.specs", "kvq_core.arguments", "kvq_core.plan"),
+    ("kvq_core.specs", "kvq_core.arguments", "kvq_core.mla_arguments", "kvq_core.plan"),
     ("kvq_core.kernels",),
     ("kvq_torch", "kvq_jax"),
     ("kvq_torch.nn", "kvq_torch.transformers", "kvq_jax.flax"),
@@ -27,7 +27,7 @@ REFERENCE = "kvq_core.reference"
 BESIDE = {
     "kvq_core": (*LAYERS[0], *LAYERS[1], *LAYERS[2], REFERENCE, "kvq_core.checks"),
     "kvq_core.checks": (),
-    REFERENCE: (*LAYERS[0], *LAYERS[1], *LAYERS[2], "kvq_core.arguments"),
+    REFERENCE: (*LAYERS[0], *LAYERS[1], *LAYERS[2], "kvq_core.arguments", "kvq_core.mla_arguments"),
 }
 
 CORE_LIBRARIES = {"numpy", "ml_dtypes"}

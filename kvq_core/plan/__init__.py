@@ -13,3 +13,4 @@ from kvq_core.plan.cache import plan_gather_kv as plan_gather_kv
 from kvq_core.plan.launch import DeviceFacts as DeviceFacts
 from kvq_core.plan.launch import LaunchPlan as LaunchPlan
 from kvq_core.plan.launch import Output as Output
+from kvq_core.plan.mla import plan_mla_attention as plan_mla_attention
