@@ -14,8 +14,6 @@ import triton.language as tl
 from kvq_core.kernels.attend import (
     LOG2E,
     MIN_SCALE,
-    _scores,
-    _visible,
     part_columns,
     part_width,
     scale_parts,
@@ -67,19 +65,20 @@ def attend_mla_segments(
             valid = (row < S.queries * S.group) & (q_index < num_queries) & (token >= 0) & (token < num_q_tokens)
             q_pos = seq_len - num_queries + q_index
             strides = (q_stride_token, q_stride_head)
-            query = load_queries(q_ptr, k_scale_ptr, token, row % S.group, q_pos, valid, strides, S)
+            partial_row = (program + seq) * (S.queries * S.group) + row
+            scratch = (partial_out_ptr, partial_row)
+            query = load_queries(q_ptr, k_scale_ptr, scratch, token, row % S.group, q_pos, valid, strides, S)
 
-            _, seq_end = keys_of(seq, seq < num_seqs, seq_lens_ptr, cu_seqlens_q_ptr, capacity, S)
-            start = ((tile - first_tile) * S.tile).to(tl.int32)
-            end = ((last_tile - first_tile) * S.tile).to(tl.int32)
+            seq_start, seq_end = keys_of(seq, seq < num_seqs, seq_lens_ptr, cu_seqlens_q_ptr, capacity, S)
+            start = seq_start + ((tile - first_tile) * S.tile).to(tl.int32)
+            end = seq_start + ((last_tile - first_tile) * S.tile).to(tl.int32)
             all_visible_end = seq_len - num_queries + 1 if S.causal else seq_len
             pool = (pages_ptr, page_table_ptr + seq.to(tl.int64) * max_pages, num_pages, max_pages)
             out, lse = attend_keys(query, pool, start, tl.minimum(end, seq_end), all_visible_end, k_scale_ptr, S)
-            partial_row = (program + seq) * (S.queries * S.group) + row
             store_parts(partial_out_ptr, partial_row, valid, out, S)
             tl.store(partial_lse_ptr + partial_row, lse, mask=valid)
 
-            first_tile += tl.cdiv(seq_end, S.tile)
+            first_tile += tl.cdiv(seq_end - seq_start, S.tile)
             tile = first_tile
             seq += 1
 
@@ -120,7 +119,8 @@ def attend_mla_queries(
         valid = valid & (token >= 0) & (token < num_q_tokens)
         q_pos = seq_len - num_queries + q_index
         strides = (q_stride_token, q_stride_head)
-        query = load_queries(q_ptr, k_scale_ptr, token, q_head, q_pos, valid, strides, S)
+        out_row = token.to(tl.int64) * S.num_q_heads + q_head
+        query = load_queries(q_ptr, k_scale_ptr, (out_ptr, out_row), token, q_head, q_pos, valid, strides, S)
 
         capacity = max_pages * S.records.page_size
         first_pos = seq_len - num_queries + first_index
@@ -132,14 +132,13 @@ def attend_mla_queries(
         out, lse = attend_keys(query, pool, seq_len * 0, end, all_visible_end, k_scale_ptr, S)
         # A query that sees a key the page table has no column for.
         poison = tl.where(last_visible >= capacity, float("nan"), 1.0)
-        out_row = token.to(tl.int64) * S.num_q_heads + q_head
         store_parts(out_ptr, out_row, valid, scale_parts(out, poison, S), S)
         tl.store(lse_ptr + out_row, lse * LN2 * poison, mask=valid)
 
 
 @triton.jit
-def load_queries(q_ptr, k_scale_ptr, token, q_head, q_pos, valid, strides, S: tl.constexpr):
-    """Rows of q: the parts for the latent, their scale, and the rope query as `attend.load_queries` returns one."""
+def load_queries(q_ptr, k_scale_ptr, scratch, token, q_head, q_pos, valid, strides, S: tl.constexpr):
+    """Rows of q: parts for the latent with what turns their dots into scores, the same for the rope part, q_pos."""
     ROPE: tl.constexpr = S.records.k
     PARTS: tl.constexpr = S.v_parts
     stride_token, stride_head = strides
@@ -186,8 +185,26 @@ def load_queries(q_ptr, k_scale_ptr, token, q_head, q_pos, valid, strides, S: tl
             to_v_operand(latent[2], S),
             to_v_operand(latent[3], S),
         )
-    zero = tl.zeros_like(scale)
-    return latent, scale, (to_k_operand(rope, S), rope_scale, zero, zero, q_pos)
+    if S.rows >= MANY_ROWS and S.normalize_q:
+        latent = (_through_memory(latent[0], scratch, valid, S),)
+    return latent, scale, to_k_operand(rope, S), rope_scale, q_pos
+
+
+@triton.jit
+def _through_memory(latent, scratch, valid, S: tl.constexpr):
+    """Store rows and load them again: only what comes from a load stays in shared memory as a left operand.
+
+    Anything else Triton keeps in registers, and there are not enough. Rows of the results are free until the end.
+    """
+    scratch_ptr, scratch_row = scratch
+    columns, exist = part_columns(0, S)
+    ptr = scratch_ptr.to(tl.pointer_type(tl.float16), bitcast=True)
+    ROW: tl.constexpr = S.records.v.head_dim * (scratch_ptr.dtype.element_ty.primitive_bitwidth // 16)
+    ptrs = ptr + scratch_row[:, None] * ROW + columns[None, :]
+    mask = valid[:, None] & exist[None, :]
+    tl.store(ptrs, latent, mask=mask)
+    tl.debug_barrier()
+    return tl.load(ptrs, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -244,7 +261,7 @@ def attend_tile(state, query, pool, first, end, MASKED: tl.constexpr, S: tl.cons
     LATENT: tl.constexpr = R.v
     CAPS: tl.constexpr = R.caps
     m, l, acc = state
-    q_latent, latent_scale, q_rope = query
+    q_latent, latent_scale, q_rope, rope_scale, q_pos = query
     pages_ptr, table_ptr, num_pages, max_pages = pool
     token = first + tl.arange(0, S.tile)
     page, offset, in_pool = load_page_ids(table_ptr, first, num_pages, max_pages, MASKED, S.tile, R)
@@ -273,16 +290,19 @@ def attend_tile(state, query, pool, first, end, MASKED: tl.constexpr, S: tl.cons
         x = tl.dot(q_latent[1], k[1], x, input_precision="ieee")
         x = tl.dot(q_latent[2], k[2], x, input_precision="ieee")
         x = tl.dot(q_latent[3], k[3], x, input_precision="ieee")
-    x = x * latent_scale[:, None]
     if LATENT.per_token_head:
         row_scale = _load_scales(pages_ptr, records, offset, exists, MASKED, LATENT)
         x = x * row_scale[None, :]
         known = tl.maximum(row_scale, MIN_SCALE)  # of a NaN and a number, the number, but in the interpreter
         if S.fold_v_scales:
             exponent += approximate_log2(known, CAPS)
-    x = x + _scores(q_rope, pages_ptr, records, offset, token, S) + exponent[None, :]
+    rope = tl.dot(q_rope, tl.trans(_load_rope(pages_ptr, records, offset, S)), input_precision="ieee")
+    x = x * latent_scale[:, None] + (rope * rope_scale[:, None] + exponent[None, :])
     if MASKED:
-        x = tl.where(_visible(q_rope, token, exists, S), x, float("-inf"))
+        visible = exists[None, :]
+        if S.causal and S.queries > 1:
+            visible = visible & (token[None, :] <= q_pos[:, None])
+        x = tl.where(visible, x, float("-inf"))
 
     m_new = tl.maximum(m, tl.max(x, axis=1))
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -346,6 +366,26 @@ def _decode(codes, S: tl.constexpr):
     else:
         parts = (to_v_operand(codes, S),)
     return parts
+
+
+@triton.jit
+def _load_rope(pages_ptr, records, offset, S: tl.constexpr):
+    """Rope rows [tile, padded rope_dim] as a dot operand. Rows that do not exist hold anything: their scores go."""
+    ROPE: tl.constexpr = S.records.k
+    MODE: tl.constexpr = ROPE.mode
+    CAPS: tl.constexpr = S.records.caps
+    DIM: tl.constexpr = ROPE.padded_dim
+    d = tl.arange(0, DIM)
+    element = tl.multiple_of(row_offsets(records, offset, ROPE) // ROPE.code_bytes, 16 // ROPE.code_bytes)
+    ptrs = (typed_ptr(pages_ptr, MODE) + d)[None, :] + element[:, None]
+    ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (1, 16)), (1, DIM))  # as in attend._scores
+    if ROPE.head_dim != DIM:
+        rope = tl.load(ptrs, mask=(d < ROPE.head_dim)[None, :], other=0)
+    else:
+        rope = tl.load(ptrs)
+    if ROPE.code_bytes == 1:
+        rope = decode_bytes(rope, MODE, CAPS)
+    return to_k_operand(rope, S)
 
 
 @triton.jit
