@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from kvq_jax._codec import cast, encode_rows
 from kvq_jax._interop import platform
 from kvq_jax._pages import is_page, read_pages, read_records, to_pool, write_rows
-from kvq_jax._xla_attention import paged_attention
+from kvq_jax._xla_attention import mla_attention, paged_attention
 from kvq_jax.cache import KVCache
 
-__all__ = ["append_kv", "copy_pages", "gather_kv", "paged_attention"]
+__all__ = ["append_kv", "copy_pages", "gather_kv", "mla_attention", "paged_attention"]
 
 
 def append_kv(cache: KVCache, k: jax.Array, v: jax.Array, slot_mapping: jax.Array) -> jax.Array:

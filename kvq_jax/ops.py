@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from kvq_core.arguments import check_append_kv, check_copy_pages, check_gather_kv, check_paged_attention
+from kvq_core.layout import CacheLayout
+from kvq_core.mla_arguments import check_kind
 from kvq_jax import _triton, _xla
 from kvq_jax._interop import Array, array_spec, as_jax, optional_spec, platform
 from kvq_jax.cache import KVCache
@@ -38,6 +40,7 @@ def append_kv(cache: KVCache, k: Array, v: Array, slot_mapping: Array, *, impl: 
         TypeError, ValueError: an argument is not as above.
         NotImplementedError: ``impl`` does not support this call.
     """
+    check_kind(cache.layout, CacheLayout)
     implementation = _implementation(impl, cache)
     k, v, slot_mapping = as_jax("k", k), as_jax("v", v), as_jax("slot_mapping", slot_mapping)
     check_append_kv(cache.layout, array_spec(cache.pages), array_spec(k), array_spec(v), array_spec(slot_mapping))
@@ -63,6 +66,7 @@ def gather_kv(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
+    check_kind(cache.layout, CacheLayout)
     implementation = _implementation(impl, cache)
     page_table, seq_lens = as_jax("page_table", page_table), as_jax("seq_lens", seq_lens)
     name = jnp.dtype(dtype).name
@@ -137,6 +141,7 @@ def paged_attention(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
+    check_kind(cache.layout, CacheLayout)
     implementation = _implementation(impl, cache)
     q, page_table, seq_lens = as_jax("q", q), as_jax("page_table", page_table), as_jax("seq_lens", seq_lens)
     optional = {"cu_seqlens_q": cu_seqlens_q, "sinks": sinks, "alibi_slopes": alibi_slopes}

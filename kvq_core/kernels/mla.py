@@ -296,7 +296,11 @@ def attend_tile(state, query, pool, first, end, MASKED: tl.constexpr, S: tl.cons
         known = tl.maximum(row_scale, MIN_SCALE)  # of a NaN and a number, the number, but in the interpreter
         if S.fold_v_scales:
             exponent += approximate_log2(known, CAPS)
-    rope = tl.dot(q_rope, tl.trans(_load_rope(pages_ptr, records, offset, S)), input_precision="ieee")
+    rope_rows = _load_rope(pages_ptr, records, offset, S)
+    if S.rows >= MANY_ROWS and LATENT.per_token_head:
+        # Through registers: for an operand straight from a load, Triton keeps one more buffer than fits.
+        rope_rows = tl.where(in_pool[:, None], rope_rows, tl.zeros_like(rope_rows))
+    rope = tl.dot(q_rope, tl.trans(rope_rows), input_precision="ieee")
     x = x * latent_scale[:, None] + (rope * rope_scale[:, None] + exponent[None, :])
     if MASKED:
         visible = exists[None, :]

@@ -145,7 +145,7 @@ def _shape(layout: MLALayout, queries: int | None, num_heads: int, operands: _Op
         parts=1 if many or layout.mode.bits == 16 else 4,
         tile=16 if "float32" in operands else 64 if many or layout.mode.bits == 8 else 32,
         num_warps=num_warps,
-        num_stages=2 if many else 3,
+        num_stages=3 if many and layout.mode.bits == 16 else 5,
         programs=1 if queries is None else max(1, programs // row_blocks),
     )
 
@@ -168,18 +168,25 @@ def _fit(shape: _Shape, layout: MLALayout, operands: _Operands, device: DeviceFa
 
 
 def _shared_bytes(shape: _Shape, layout: MLALayout, operands: _Operands) -> int:
-    """An upper bound of what Triton allocates: q, scores or probabilities, prefetched codes, the converted latent."""
+    """What Triton allocates, give or take a KiB: q, tiles of codes in flight, and tiles of operands.
+
+    The loads of codes wait for those of page ids, so that every tile in flight takes two stages.
+    """
     many = shape.rows == _MANY_ROWS
     rank, rope = (_power_of_two(dim, 64 if many else 16) for dim in (layout.kv_lora_rank, layout.rope_dim))
     latent_bytes, rope_bytes = (4 if operand == "float32" else 2 for operand in operands)
-    code_bytes = layout.mode.bits // 8
-    is_converted = many and code_bytes == 1
-    buffers = shape.num_stages - (not many or is_converted)
-    rope_buffers = shape.num_stages - (not many)
-    converted = rank * latent_bytes if is_converted or operands.latent == "float32" else 0
-    prefetched = buffers * rank * code_bytes + rope_buffers * rope * layout.rope_mode.bits // 8
+    latent_row, rope_row = rank * layout.mode.bits // 8, rope * layout.rope_mode.bits // 8
+    in_flight = max(shape.num_stages // 2, min(1, shape.num_stages - 1))
+    key = in_flight * (latent_row + rope_row + 8)
+    if many and layout.mode.bits == 16:
+        key += latent_row + rope_row  # dots read the buffer that was loaded into
+    elif many:
+        key += rank * latent_bytes + rope * rope_bytes
+    elif "float32" in operands:
+        key += 2 * rank * latent_bytes
+    last_key = 2 * latent_row + rope_row  # the last tile of a sequence is masked, not in flight
     q = shape.rows * (rank * latent_bytes + rope * rope_bytes)
-    return q + shape.tile * (prefetched + converted + 4 * shape.num_stages) + 2**12
+    return q + shape.tile * max(key, last_key) + (4608 if many and layout.mode.bits == 16 else 2048)
 
 
 def _record_spec(layout: MLALayout, pages: ArraySpec, device: DeviceFacts, least_dim: int) -> RecordSpec:
