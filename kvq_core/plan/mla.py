@@ -184,7 +184,9 @@ def _shared_bytes(shape: _Shape, layout: MLALayout, operands: _Operands) -> int:
         key += rank * latent_bytes + rope * rope_bytes
     elif "float32" in operands:
         key += 2 * rank * latent_bytes
-    last_key = 2 * latent_row + rope_row  # the last tile of a sequence is masked, not in flight
+    # The last tiles of a sequence are masked, not in flight; where queries differ in what they see, NaN is cleared.
+    is_cleared = shape.queries > 1 and not layout.mode.is_per_token_head
+    last_key = 2 * (rank * latent_bytes if is_cleared else latent_row) + rope_row
     q = shape.rows * (rank * latent_bytes + rope * rope_bytes)
     return q + shape.tile * max(key, last_key) + (4608 if many and layout.mode.bits == 16 else 2048)
 
