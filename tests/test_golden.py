@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import pytest
 
+from kvq_core.mla import MLA_MODES
 from tests import backends, cases
 from tests.compare import assert_same_bytes
-from tests.golden import regenerate
+from tests.golden import mla, regenerate
 
 DIGEST = "b73f5165286b1bc3442fd5775c60bb0b5e3b3be399513ac0d0be491a682c9d68"
 GOLDEN = regenerate.load_golden()
+MLA_DIGEST = "9ecd8cc160e2fe7337175390c46e63f1e81c9311035e3dc099d8323bf916b5cc"
+MLA_GOLDEN = mla.load_golden()
 
 
-def test_golden_file_is_the_one_that_was_reviewed_and_is_small():
-    assert regenerate.digest(GOLDEN) == DIGEST
-    assert regenerate.FILE.stat().st_size < 300_000
+@pytest.mark.parametrize(
+    ("file", "golden", "digest"), [(regenerate.FILE, GOLDEN, DIGEST), (mla.FILE, MLA_GOLDEN, MLA_DIGEST)]
+)
+def test_golden_file_is_the_one_that_was_reviewed_and_is_small(file, golden, digest):
+    assert regenerate.digest(golden) == digest
+    assert file.stat().st_size < 300_000
 
 
-def test_reference_still_makes_the_golden_file():
-    made = regenerate.make_golden()
-    assert made.keys() == GOLDEN.keys()
+@pytest.mark.parametrize(("make", "golden"), [(regenerate.make_golden, GOLDEN), (mla.make_golden, MLA_GOLDEN)])
+def test_reference_still_makes_the_golden_file(make, golden):
+    made = make()
+    assert made.keys() == golden.keys()
     for name, array in made.items():
-        assert_same_bytes(array, GOLDEN[name])
+        assert_same_bytes(array, golden[name])
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
@@ -31,3 +38,11 @@ def test_every_backend_makes_the_golden_bytes(backend, kv_cache_dtype, dtype):
     want = GOLDEN[regenerate.name_of(kv_cache_dtype, dtype)]
     got = regenerate.make_pages(backend, GOLDEN, kv_cache_dtype, dtype)
     assert_same_bytes(got, want, regenerate.layout_of(kv_cache_dtype))
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("mode", MLA_MODES)
+@backends.parametrize_backends
+def test_every_backend_makes_the_golden_bytes_of_an_mla_cache(backend, mode, dtype):
+    want = MLA_GOLDEN[regenerate.name_of(mode, dtype)]
+    assert_same_bytes(mla.make_pages(backend, MLA_GOLDEN, mode, dtype), want, mla.layout_of(mode))

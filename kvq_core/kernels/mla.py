@@ -234,7 +234,10 @@ def attend_keys(query, pool, start, end, all_visible_end, k_scale_ptr, S: tl.con
     Returns the normalized output as S.v_parts parts, and the log2 of the sum of exponentials.
     """
     m = tl.full([S.rows], float("-inf"), tl.float32)
-    l = tl.full([S.rows], 0.0, tl.float32)
+    if S.rows >= MANY_ROWS:
+        l = tl.full([S.rows], 0.0, tl.float32)
+    else:  # summed over the tile at the end, so that warps wait for each other once less a tile
+        l = tl.full([S.rows, S.tile], 0.0, tl.float32)
     part = tl.full([S.rows, part_width(S)], 0.0, tl.float32)
     if S.v_parts == 1:
         acc = (part,)
@@ -247,6 +250,8 @@ def attend_keys(query, pool, start, end, all_visible_end, k_scale_ptr, S: tl.con
     for first in tl.range(masked_start, end, S.tile, num_stages=1):
         state = attend_tile(state, query, pool, first, end, True, S)
     m, l, acc = state
+    if S.rows < MANY_ROWS:
+        l = tl.sum(l, axis=1)
     factor = tl.where(l == 0.0, 0.0, 1.0 / l)
     if S.records.v.per_tensor:
         factor *= tl.load(k_scale_ptr)
@@ -276,24 +281,29 @@ def attend_tile(state, query, pool, first, end, MASKED: tl.constexpr, S: tl.cons
         exponent = tl.where(wild, float("nan"), exponent)
     v = _decode(codes, S)
 
-    x = tl.full([S.rows, S.tile], 0.0, tl.float32)
     if S.rows >= MANY_ROWS:
         # Always true, but it hides from Triton that another dot follows this one. It would have every group of four
         # warps compute all scores, where now they share them.
+        x = tl.full([S.rows, S.tile], 0.0, tl.float32)
         if first < end:
             x = tl.dot(q_latent[0], tl.trans(v[0]), input_precision="ieee")
+        x = x * latent_scale[:, None]
     elif S.v_parts == 1:
-        x = tl.dot(q_latent[0], tl.trans(v[0]), input_precision="ieee")
+        x = tl.dot(q_latent[0], tl.trans(v[0]), input_precision="ieee") * latent_scale[:, None]
     else:
-        k = _decode(tl.trans(codes), S)  # decoded once more, in the order of registers that this dot wants
-        x = tl.dot(q_latent[0], k[0], input_precision="ieee")
-        x = tl.dot(q_latent[1], k[1], x, input_precision="ieee")
-        x = tl.dot(q_latent[2], k[2], x, input_precision="ieee")
-        x = tl.dot(q_latent[3], k[3], x, input_precision="ieee")
+        # Decoded once more, in the order of registers that these dots want. One dot into the sum of another would be a
+        # chain that nothing hides; scaled one by one they are independent.
+        k = _decode(tl.trans(codes), S)
+        x = tl.dot(q_latent[0], k[0], input_precision="ieee") * latent_scale[:, None]
+        x += tl.dot(q_latent[1], k[1], input_precision="ieee") * latent_scale[:, None]
+        x += tl.dot(q_latent[2], k[2], input_precision="ieee") * latent_scale[:, None]
+        x += tl.dot(q_latent[3], k[3], input_precision="ieee") * latent_scale[:, None]
     if LATENT.per_token_head:
         row_scale = _load_scales(pages_ptr, records, offset, exists, MASKED, LATENT)
         x = x * row_scale[None, :]
         known = tl.maximum(row_scale, MIN_SCALE)  # of a NaN and a number, the number, but in the interpreter
+        if CAPS == "portable":
+            known = tl.where(row_scale == row_scale, known, MIN_SCALE)
         if S.fold_v_scales:
             exponent += approximate_log2(known, CAPS)
     rope_rows = _load_rope(pages_ptr, records, offset, S)
@@ -301,7 +311,7 @@ def attend_tile(state, query, pool, first, end, MASKED: tl.constexpr, S: tl.cons
         # Through registers: for an operand straight from a load, Triton keeps one more buffer than fits.
         rope_rows = tl.where(in_pool[:, None], rope_rows, tl.zeros_like(rope_rows))
     rope = tl.dot(q_rope, tl.trans(rope_rows), input_precision="ieee")
-    x = x * latent_scale[:, None] + (rope * rope_scale[:, None] + exponent[None, :])
+    x = x + (rope * rope_scale[:, None] + exponent[None, :])
     if MASKED:
         visible = exists[None, :]
         if S.causal and S.queries > 1:
@@ -318,7 +328,10 @@ def attend_tile(state, query, pool, first, end, MASKED: tl.constexpr, S: tl.cons
             w = w * approximate_reciprocal(known, CAPS)[None, :]
         else:
             p = w * known[None, :]
-    l = l * alpha + tl.sum(w, axis=1)
+    if S.rows >= MANY_ROWS:
+        l = l * alpha + tl.sum(w, axis=1)
+    else:
+        l = l * alpha[:, None] + w
     p = to_v_operand(p, S)
     acc = scale_parts(acc, alpha, S)
     if S.v_parts == 1:
