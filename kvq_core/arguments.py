@@ -11,6 +11,7 @@ import numbers
 from typing import Any, NamedTuple
 
 from kvq_core.layout import FIELD_ALIGNMENT, CacheLayout
+from kvq_core.mla import MLALayout
 
 FLOAT_DTYPES = ("bfloat16", "float16", "float32")
 INDEX_DTYPES = ("int32", "int64")
@@ -136,7 +137,7 @@ def check_paged_attention(
         raise ValueError(f"expected softcap above 0; got {softcap!r}. None turns it off")
 
 
-def _check_pages(pages: ArraySpec, layout: CacheLayout | None = None) -> int:
+def _check_pages(pages: ArraySpec, layout: CacheLayout | MLALayout | None = None) -> int:
     """Check a pool of pages, against ``layout`` if given; return the number of KV heads it holds."""
     _check_dtype("pages", pages, ("uint8",))
     record_bytes = layout.record_bytes if layout else None

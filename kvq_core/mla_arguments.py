@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from kvq_core.arguments import (
     FLOAT_DTYPES,
     INDEX_DTYPES,
@@ -20,15 +22,22 @@ from kvq_core.arguments import (
 from kvq_core.layout import CacheLayout
 from kvq_core.mla import MLALayout
 
+Kind = TypeVar("Kind", CacheLayout, MLALayout)
 
-def check_kind(layout: CacheLayout | MLALayout, kind: type) -> None:
-    """Raise a TypeError unless ``layout`` is of the kind, `CacheLayout` or `MLALayout`, that an op is made for."""
-    if not isinstance(layout, kind):
-        ops = "append_mla, gather_mla and mla_attention" if kind is CacheLayout else "append_kv and its siblings"
-        raise TypeError(
-            f"expected a cache with a {kind.__name__}; got one with a {type(layout).__name__}, "
-            f"{layout.fingerprint()}. It goes with {ops}"
-        )
+
+def check_kind(layout: CacheLayout | MLALayout, kind: type[Kind]) -> Kind:
+    """Return ``layout`` if it is of the kind, `CacheLayout` or `MLALayout`, that an op is made for.
+
+    Raises:
+        TypeError: it is of the other.
+    """
+    if isinstance(layout, kind):
+        return layout
+    ops = "append_mla, gather_mla and mla_attention" if kind is CacheLayout else "append_kv and its siblings"
+    raise TypeError(
+        f"expected a cache with a {kind.__name__}; got one with a {type(layout).__name__}, {layout.fingerprint()}. "
+        f"It goes with {ops}"
+    )
 
 
 def check_append_mla(
@@ -46,7 +55,7 @@ def check_append_mla(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    _check_pages(pages, layout.records)
+    _check_pages(pages, layout)
     for name, spec, dim_name in (("kv_c", kv_c, "kv_lora_rank"), ("k_pe", k_pe, "rope_dim")):
         _check_dtype(name, spec, FLOAT_DTYPES)
         _check_shape(name, spec, {"num_tokens": None, dim_name: getattr(layout, dim_name)})
@@ -68,7 +77,7 @@ def check_gather_mla(layout: MLALayout, pages: ArraySpec, page_table: ArraySpec,
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    _check_pages(pages, layout.records)
+    _check_pages(pages, layout)
     _check_sequences(page_table, seq_lens)
 
 
@@ -100,7 +109,7 @@ def check_mla_attention(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    _check_pages(pages, layout.records)
+    _check_pages(pages, layout)
     _check_dtype("q", q, FLOAT_DTYPES)
     _check_shape("q", q, {"num_q_tokens": None, "num_heads": None, "kv_lora_rank + rope_dim": layout.head_dim})
     _check_rows_contiguous("q", q)

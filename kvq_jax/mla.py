@@ -31,10 +31,10 @@ def append_mla(cache: KVCache, kv_c: Array, k_pe: Array, slot_mapping: Array, *,
         TypeError, ValueError: an argument is not as above.
         NotImplementedError: ``impl`` does not support this call.
     """
-    check_kind(cache.layout, MLALayout)
+    layout = check_kind(cache.layout, MLALayout)
     implementation = _implementation(impl, cache)
     kv_c, k_pe, slot_mapping = as_jax("kv_c", kv_c), as_jax("k_pe", k_pe), as_jax("slot_mapping", slot_mapping)
-    check_append_mla(cache.layout, *(array_spec(x) for x in (cache.pages, kv_c, k_pe, slot_mapping)))
+    check_append_mla(layout, *(array_spec(x) for x in (cache.pages, kv_c, k_pe, slot_mapping)))
     pages = implementation.append_kv(as_records(cache), kv_c[:, None], k_pe[:, None], slot_mapping)
     return dataclasses.replace(cache, pages=pages)
 
@@ -57,10 +57,10 @@ def gather_mla(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    check_kind(cache.layout, MLALayout)
+    layout = check_kind(cache.layout, MLALayout)
     implementation = _implementation(impl, cache)
     page_table, seq_lens = as_jax("page_table", page_table), as_jax("seq_lens", seq_lens)
-    check_gather_mla(cache.layout, *(array_spec(x) for x in (cache.pages, page_table, seq_lens)))
+    check_gather_mla(layout, *(array_spec(x) for x in (cache.pages, page_table, seq_lens)))
     latent, rope = implementation.gather_kv(as_records(cache), page_table, seq_lens, "float32")
     return latent[:, :, 0], rope[:, :, 0]
 
@@ -103,12 +103,12 @@ def mla_attention(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    check_kind(cache.layout, MLALayout)
+    layout = check_kind(cache.layout, MLALayout)
     implementation = _implementation(impl, cache)
     q, page_table, seq_lens = as_jax("q", q), as_jax("page_table", page_table), as_jax("seq_lens", seq_lens)
     cu_seqlens_q = None if cu_seqlens_q is None else as_jax("cu_seqlens_q", cu_seqlens_q)
     numbers: dict[str, Any] = {"max_seqlen_q": max_seqlen_q, "sm_scale": sm_scale, "causal": causal}
     specs = (array_spec(x) for x in (q, cache.pages, page_table, seq_lens))
-    check_mla_attention(cache.layout, *specs, cu_seqlens_q=optional_spec(cu_seqlens_q), **numbers)
+    check_mla_attention(layout, *specs, cu_seqlens_q=optional_spec(cu_seqlens_q), **numbers)
     out, lse = implementation.mla_attention(q, cache, page_table, seq_lens, cu_seqlens_q=cu_seqlens_q, **numbers)
     return (out, lse) if return_lse else out

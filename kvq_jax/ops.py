@@ -40,10 +40,10 @@ def append_kv(cache: KVCache, k: Array, v: Array, slot_mapping: Array, *, impl: 
         TypeError, ValueError: an argument is not as above.
         NotImplementedError: ``impl`` does not support this call.
     """
-    check_kind(cache.layout, CacheLayout)
+    layout = check_kind(cache.layout, CacheLayout)
     implementation = _implementation(impl, cache)
     k, v, slot_mapping = as_jax("k", k), as_jax("v", v), as_jax("slot_mapping", slot_mapping)
-    check_append_kv(cache.layout, array_spec(cache.pages), array_spec(k), array_spec(v), array_spec(slot_mapping))
+    check_append_kv(layout, array_spec(cache.pages), array_spec(k), array_spec(v), array_spec(slot_mapping))
     return dataclasses.replace(cache, pages=implementation.append_kv(cache, k, v, slot_mapping))
 
 
@@ -66,11 +66,11 @@ def gather_kv(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    check_kind(cache.layout, CacheLayout)
+    layout = check_kind(cache.layout, CacheLayout)
     implementation = _implementation(impl, cache)
     page_table, seq_lens = as_jax("page_table", page_table), as_jax("seq_lens", seq_lens)
     name = jnp.dtype(dtype).name
-    check_gather_kv(cache.layout, array_spec(cache.pages), array_spec(page_table), array_spec(seq_lens), name)
+    check_gather_kv(layout, array_spec(cache.pages), array_spec(page_table), array_spec(seq_lens), name)
     return implementation.gather_kv(cache, page_table, seq_lens, name)
 
 
@@ -141,7 +141,7 @@ def paged_attention(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    check_kind(cache.layout, CacheLayout)
+    layout = check_kind(cache.layout, CacheLayout)
     implementation = _implementation(impl, cache)
     q, page_table, seq_lens = as_jax("q", q), as_jax("page_table", page_table), as_jax("seq_lens", seq_lens)
     optional = {"cu_seqlens_q": cu_seqlens_q, "sinks": sinks, "alibi_slopes": alibi_slopes}
@@ -154,7 +154,7 @@ def paged_attention(
         "softcap": softcap,
     }
     check_paged_attention(
-        cache.layout,
+        layout,
         array_spec(q),
         array_spec(cache.pages),
         array_spec(page_table),
