@@ -114,8 +114,9 @@ def _calls():
     for mode in MLA_MODES:
         many = {"seqs": ((1, 3000), (1, 900), (1, 0)), "k_exponents": MIXED, "tags": LARGE}
         yield attention(f"many-splits-{mode}", layout_of(mode, 64), 16, **many)
-        yield attention(f"many-splits-{mode}-heads-128", layout_of(mode, 64, 512, 64), 128, **many)
-        long = {"seqs": ((70, 500), (33, 33)), "ragged": True, "tags": LARGE}
+        full = {"seqs": ((1, 450), (1, 70)), "k_exponents": MIXED, "tags": LARGE}
+        yield attention(f"full-size-rows-{mode}", layout_of(mode, 64, 512, 64), 128, **full)
+        long = {"seqs": ((70, 200), (33, 33)), "ragged": True, "tags": LARGE}
         yield attention(f"long-prefill-{mode}", layout_of(mode, 64, 512, 64), 16, **long)
 
 
