@@ -53,7 +53,7 @@ def hopper(mode, num_heads):
 def test_few_heads_keep_their_state_in_registers_and_read_no_code_byte_by_byte(mode, tmp_path):
     kernel = hopper(mode, 16)
     used = resources(kernel, tmp_path, "sm_90a")
-    assert max(used.spill_stores, used.spill_loads) <= 320, used
+    assert max(used.spill_stores, used.spill_loads) <= 512, used
     narrow = [opcode for opcode in instructions(kernel.asm["ptx"]) if opcode.startswith("ld.shared") and "8" in opcode]
     assert not narrow
 
