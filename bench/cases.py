@@ -126,33 +126,44 @@ class AppendCase:
 
 @dataclass(frozen=True)
 class PrefillCase:
-    """One sequence of ``length`` queries over itself, causal."""
+    """The last ``queries`` tokens of one sequence of ``context`` keys, causal. ``bar``: on the quantized modes.
 
-    length: int
+    Without keys before them they are held against cuDNN's dense attention, else against FlashInfer.
+    """
+
+    queries: int
+    context: int
+    bar: Bar
     head_dim: int = 128
     num_q_heads: int = 32
     num_kv_heads: int = 8
     page_size: int = 16
-    modes: tuple[str, ...] = (INT8, BF16)
+    modes: tuple[str, ...] = MODES
 
     @property
     def name(self) -> str:
-        return f"prefill {self.length // K}k D={self.head_dim}"
+        of = f" of {self.context // K}k" if self.has_prefix else ""
+        return f"prefill {self.queries // K}k{of} D={self.head_dim}"
+
+    @property
+    def has_prefix(self) -> bool:
+        return self.context > self.queries
 
     @property
     def num_flops(self) -> float:
-        return 2.0 * self.length**2 * self.num_q_heads * self.head_dim
+        pairs = self.queries * (self.context - self.queries) + self.queries**2 / 2
+        return 4.0 * pairs * self.num_q_heads * self.head_dim
 
     def as_decode(self) -> DecodeCase:
         """The same pool, tables and layouts."""
         return DecodeCase(
             self.name,
-            (self.length,),
+            (self.context,),
             num_q_heads=self.num_q_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             page_size=self.page_size,
-            queries=self.length,
+            queries=self.queries,
             modes=self.modes,
         )
 
@@ -236,7 +247,14 @@ VARIANTS = (
     uniform(16, 32 * K, "window 1024", modes=(INT8,), peers=(), window=1024, versus="16x1k no window"),
 )
 APPEND = (AppendCase(64, Bar("us", 5.5)), AppendCase(1024), AppendCase(64 * K, Bar("TB/s", 3.5)))
-PREFILL = (PrefillCase(8 * K), PrefillCase(8 * K, head_dim=256))
+_OF_DENSE, _OF_FA3 = Bar("ratio", 1 / 0.85), Bar("ratio", 1 / 0.80)
+PREFILL = (
+    PrefillCase(8 * K, 8 * K, _OF_DENSE),
+    PrefillCase(32 * K, 32 * K, _OF_DENSE, modes=(INT8, FP8)),
+    PrefillCase(8 * K, 8 * K, _OF_DENSE, head_dim=256),
+    PrefillCase(32 * K, 32 * K, _OF_DENSE, head_dim=256, modes=(INT8, FP8)),
+    PrefillCase(2 * K, 32 * K, _OF_FA3),
+)
 MLA = (MLACase("mla 16 heads", 16, Bar("ratio", 0.65)), MLACase("mla 128 heads", 128, Bar("TFLOP/s", 300)))
 JAX_DECODE = tuple(case for case in DECODE if case.name in ("64x8k", "8x32k", "16x8k"))
 JAX_APPEND = APPEND[2:]

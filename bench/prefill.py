@@ -1,4 +1,4 @@
-"""Causal prefill of one long prompt: kvq, dense cuDNN attention, and FlashInfer's paged FA3."""
+"""Causal prefill of one sequence: kvq, dense cuDNN attention, and FlashInfer's paged FA3."""
 
 from __future__ import annotations
 
@@ -11,41 +11,56 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import kvq_torch
 from bench import gate, peers, pools, tables
-from bench.cases import BF16, DecodeCase, PrefillCase
-from bench.rows import FLASHINFER, LIBRARY, TORCH, Row
+from bench.cases import BF16, INT8, DecodeCase, PrefillCase
+from bench.rows import FLASHINFER, KERNEL, LIBRARY, TORCH, Row
 from bench.timing import Call, device_time
 
 NUM_SETS = 2
-TOLERANCE = {BF16: 1e-2}  # relative L2, against dense attention on the values before they were quantized
+TOLERANCE = {BF16: 1e-2}  # relative L2, against attention on the values before they were quantized
 QUANTIZED_TOLERANCE = 5e-2
 FA3_HEAD_DIMS = (128,)  # each compiles for two minutes
+KERNEL_FLOPS = 2e12  # the kernel on pages alone is measured up to here
 
 
 def measure(case: PrefillCase, with_peers: bool) -> Iterator[Row]:
-    """Rows of ``case``: the dense library first, which the others are held against.
+    """Rows of ``case``: the dense library first, where it can, which the others are held against.
 
     Raises:
         RedGateError: a result is wrong.
     """
     pool = case.as_decode()
     qs = [pools.queries(pool, seed) for seed in range(NUM_SETS)]
-    dense = [_dense_call(pool, q, seed) for seed, q in enumerate(qs)]
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        expected = dense[0]()[0].transpose(0, 1)
-        row = _row(case, LIBRARY, BF16, dense)
-    yield row
-    for mode in case.modes:
-        yield _row(case, TORCH, mode, _kvq_calls(pool, mode, qs, expected))
+    if case.has_prefix:
+        expected = _kvq_calls(pool, BF16, qs, None, impl="triton")[0]()
+    else:
+        dense = [_dense_call(pool, q, seed) for seed, q in enumerate(qs)]
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            expected = dense[0]()[0].transpose(0, 1)
+            row = _row(case, LIBRARY, BF16, dense)
+        yield row
     if with_peers and case.head_dim in FA3_HEAD_DIMS:
         calls = peers.prefill_calls(pool, qs)
         _check(f"FlashInfer FA3, {case.name}", calls[0](), expected, BF16)
         yield _row(case, FLASHINFER, BF16, calls)
+    for mode in case.modes:
+        yield _row(case, TORCH, mode, _kvq_calls(pool, mode, qs, expected))
+    if case.num_flops <= KERNEL_FLOPS:
+        yield _row(case, KERNEL, INT8, _kvq_calls(pool, INT8, qs, expected, impl="triton"))
 
 
 def _row(case: PrefillCase, impl: str, mode: str, calls: Sequence[Call]) -> Row:
-    versus = None if impl == LIBRARY else (case.name, LIBRARY, BF16)
-    shape = case.as_decode().shape()
-    return Row("prefill", case.name, impl, mode, device_time(calls), shape, num_flops=case.num_flops, versus=versus)
+    peer = FLASHINFER if case.has_prefix else LIBRARY
+    return Row(
+        "prefill",
+        case.name,
+        impl,
+        mode,
+        device_time(calls),
+        case.as_decode().shape(),
+        num_flops=case.num_flops,
+        versus=None if impl == peer else (case.name, peer, BF16),
+        bar=case.bar if impl == TORCH and mode != BF16 else None,
+    )
 
 
 def _dense_call(pool: DecodeCase, q: torch.Tensor, seed: int) -> Call:
@@ -56,13 +71,20 @@ def _dense_call(pool: DecodeCase, q: torch.Tensor, seed: int) -> Call:
     return functools.partial(scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True)
 
 
-def _kvq_calls(pool: DecodeCase, mode: str, qs: list[torch.Tensor], expected: torch.Tensor) -> Sequence[Call]:
+def _kvq_calls(
+    pool: DecodeCase, mode: str, qs: list[torch.Tensor], expected: torch.Tensor | None, impl: str | None = None
+) -> Sequence[Call]:
     table = torch.from_numpy(tables.page_table(pool)).cuda()
     seq_lens = torch.tensor(pool.seq_lens, dtype=torch.int32).cuda()
-    starts = torch.tensor([0, pool.queries], dtype=torch.int32).cuda()
-    run = functools.partial(kvq_torch.paged_attention, cu_seqlens_q=starts, max_seqlen_q=pool.queries)
+    lengths = {
+        "cu_seqlens_q": torch.tensor([0, pool.queries], dtype=torch.int32).cuda(),
+        "max_seqlen_q": pool.queries,
+        "max_seqlen_k": pool.seq_lens[0],
+    }
+    run = functools.partial(kvq_torch.paged_attention, **lengths, impl=impl)
     calls = [functools.partial(run, q, pools.kvq_cache(pool, mode, seed), table, seq_lens) for seed, q in enumerate(qs)]
-    _check(f"full size, {pool.name} {mode}", calls[0](), expected, mode)
+    if expected is not None:
+        _check(f"full size, {pool.name} {mode}", calls[0](), expected, mode)
     return calls
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from kvq_core.layout import FIELD_ALIGNMENT, CacheLayout
+from kvq_core.layout import FIELD_ALIGNMENT, RECORD_AXES, ROW_AXES, CacheLayout
 from kvq_core.mla import MLALayout
 
+ROW_ALIGNMENT = 4  # bytes: a row scale, and the words that kernels read 8-bit codes of V in
 FLOAT_DTYPES = ("bfloat16", "float16", "float32")
 INDEX_DTYPES = ("int32", "int64")
 
@@ -25,12 +27,22 @@ class ArraySpec(NamedTuple):
     strides: tuple[int, ...]
 
 
+def axis_stride(x: ArraySpec, axis: int) -> int:
+    """Elements from index to index of an axis. The stride of one of length 1 says nothing, and differs by framework."""
+    return x.strides[axis] if x.shape[axis] > 1 else math.prod(x.shape[axis + 1 :])
+
+
+def pages_alignment(pages: ArraySpec) -> int:
+    """What kernels take the address of a pool to be a multiple of: the power of two, up to 16, that its strides are."""
+    return math.gcd(FIELD_ALIGNMENT, *(axis_stride(pages, axis) for axis in range(len(pages.shape) - 1)))
+
+
 def check_append_kv(layout: CacheLayout, pages: ArraySpec, k: ArraySpec, v: ArraySpec, slot_mapping: ArraySpec) -> None:
     """Check the arguments of ``append_kv``.
 
     Args:
         layout: the layout of ``pages``.
-        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``.
+        pages: uint8, the axes of ``layout``.
         k: bfloat16, float16 or float32 ``[num_tokens, num_kv_heads, head_dim]``, last axis contiguous.
         v: the same with ``head_dim_v``; its dtype may differ from that of ``k``.
         slot_mapping: int32 or int64 ``[num_tokens]``.
@@ -55,7 +67,7 @@ def check_gather_kv(
 
     Args:
         layout: the layout of ``pages``.
-        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``.
+        pages: uint8, the axes of ``layout``.
         page_table: int32 ``[num_seqs, max_pages]``, contiguous.
         seq_lens: int32 ``[num_seqs]``, contiguous.
         dtype: the dtype of the result, bfloat16, float16 or float32.
@@ -73,7 +85,7 @@ def check_copy_pages(pages: ArraySpec, src: ArraySpec, dst: ArraySpec) -> None:
     """Check the arguments of ``copy_pages``.
 
     Args:
-        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``.
+        pages: uint8, the axes of any layout.
         src: int32 or int64 ``[num_pairs]``, the pages to read.
         dst: int32 or int64 ``[num_pairs]``, the pages to write.
 
@@ -106,7 +118,7 @@ def check_paged_attention(
     Args:
         layout: the layout of ``pages``.
         q: bfloat16, float16 or float32 ``[num_q_tokens, num_q_heads, head_dim]``, last axis contiguous.
-        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``.
+        pages: uint8, the axes of ``layout``.
         page_table: int32 ``[num_seqs, max_pages]``, contiguous.
         seq_lens: int32 ``[num_seqs]``, contiguous.
         cu_seqlens_q: int32 ``[num_seqs + 1]``, contiguous; None for one query per sequence.
@@ -129,23 +141,83 @@ def check_paged_attention(
         if spec is not None:
             _check_vector(name, spec, ("float32",), "num_q_heads", q.shape[1])
     _check_bool("causal", causal)
-    _check_count("max_seqlen_q", max_seqlen_q)
-    _check_count("window", window)
+    check_count("max_seqlen_q", max_seqlen_q)
+    check_count("window", window)
     _check_number("sm_scale", sm_scale)
     _check_number("softcap", softcap)
     if softcap is not None and softcap <= 0:
         raise ValueError(f"expected softcap above 0; got {softcap!r}. None turns it off")
 
 
+def check_merge_states(
+    outs: ArraySpec | Sequence[ArraySpec],
+    lses: ArraySpec | Sequence[ArraySpec],
+    out_dtypes: tuple[str, ...] = FLOAT_DTYPES,
+    lse_dtypes: tuple[str, ...] = ("float32",),
+) -> None:
+    """Check the arguments of ``merge_states``, each one array of stacked parts or a sequence of parts.
+
+    Args:
+        outs: parts ``[num_q_tokens, num_q_heads, head_dim_v]`` of one dtype.
+        lses: as many parts ``[num_q_tokens, num_q_heads]``.
+        out_dtypes: what the dtype of ``outs`` may be.
+        lse_dtypes: what the dtype of ``lses`` may be.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    outs, lses = _parts(outs), _parts(lses)
+    if not outs or len(outs) != len(lses):
+        raise ValueError(
+            f"expected one part or more, and as many in lses as in outs; got {len(outs)} in outs and {len(lses)} in "
+            "lses. Pass both as paged_attention(return_lse=True) returned them for each part"
+        )
+    sizes: dict[str, int | None] = dict.fromkeys(("num_q_tokens", "num_q_heads", "head_dim_v"))
+    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        _check_dtype(f"outs[{i}]", out, out_dtypes if i == 0 else (outs[0].dtype,))
+        _check_shape(f"outs[{i}]", out, sizes)
+        sizes = dict(zip(sizes, out.shape, strict=True))
+        _check_dtype(f"lses[{i}]", lse, lse_dtypes)
+        _check_shape(f"lses[{i}]", lse, {name: sizes[name] for name in ("num_q_tokens", "num_q_heads")})
+
+
+def _parts(specs: ArraySpec | Sequence[ArraySpec]) -> list[ArraySpec]:
+    """The specs of the parts along the first axis of one array, or of a sequence of them."""
+    if not isinstance(specs, ArraySpec):
+        return list(specs)
+    return [ArraySpec(specs.dtype, specs.shape[1:], specs.strides[1:])] * (specs.shape[0] if specs.shape else 0)
+
+
 def _check_pages(pages: ArraySpec, layout: CacheLayout | MLALayout | None = None) -> int:
-    """Check a pool of pages, against ``layout`` if given; return the number of KV heads it holds."""
-    _check_dtype("pages", pages, ("uint8",))
-    record_bytes = layout.record_bytes if layout else None
-    _check_shape("pages", pages, {"num_pages": None, "num_kv_heads": None, "record_bytes": record_bytes})
-    num_pages, num_kv_heads, record_bytes = pages.shape
+    """Check a pool of pages, against ``layout`` if given; return the number of KV heads it holds.
+
+    Records lie one after the other in their page. The rows of a row container may lie anywhere, in any order of axes,
+    but neither over one another nor off the grid of `ROW_ALIGNMENT`.
+    """
+    _check_dtype("pages", pages, ("uint8",), "View its bytes as uint8")
+    if layout is not None:
+        axes, sizes = layout.axes, layout.shape(0)
+    else:
+        axes = ROW_AXES["HND"] if len(pages.shape) == 4 else RECORD_AXES
+        sizes = (None,) * len(axes)
+    _check_shape("pages", pages, dict(zip(axes, sizes, strict=True)) | {"num_pages": None, "num_kv_heads": None})
+    num_kv_heads = pages.shape[axes.index("num_kv_heads")]
     _check_kv_head_count(num_kv_heads, layout.num_kv_heads if layout else num_kv_heads)
-    if record_bytes == 0 or record_bytes % FIELD_ALIGNMENT:
-        raise ValueError(f"expected record_bytes to be a multiple of {FIELD_ALIGNMENT}; got {record_bytes}")
+    _check_multiple(axes[-1], pages.shape[-1], FIELD_ALIGNMENT if axes == RECORD_AXES else ROW_ALIGNMENT)
+    if axes == RECORD_AXES:
+        _check_record_strides(pages)
+    elif 0 not in pages.shape:
+        _check_row_strides(pages)
+    return num_kv_heads
+
+
+def _check_multiple(name: str, num_bytes: int, alignment: int) -> None:
+    if num_bytes == 0 or num_bytes % alignment:
+        raise ValueError(f"expected {name} to be a multiple of {alignment}; got {num_bytes}")
+
+
+def _check_record_strides(pages: ArraySpec) -> None:
+    num_pages, num_kv_heads, record_bytes = pages.shape
     if num_pages > 0 and not _is_contiguous(pages.shape[1:], pages.strides[1:]):
         raise ValueError(
             f"expected pages with contiguous records, strides (page stride, {record_bytes}, 1); got {pages.strides}. "
@@ -157,15 +229,31 @@ def _check_pages(pages: ArraySpec, layout: CacheLayout | MLALayout | None = None
             f"expected a page stride of at least {least} bytes (num_kv_heads={num_kv_heads} * "
             f"record_bytes={record_bytes}) and a multiple of {FIELD_ALIGNMENT}; got {page_stride}"
         )
-    return num_kv_heads
+
+
+def _check_row_strides(pages: ArraySpec) -> None:
+    axes = sorted((pages.strides[axis], size) for axis, size in enumerate(pages.shape[:-1]) if size > 1)
+    if pages.strides[-1] != 1 or any(stride % ROW_ALIGNMENT for stride, _ in axes):
+        raise ValueError(
+            f"expected pages with contiguous rows, last stride 1, and other strides that are multiples of "
+            f"{ROW_ALIGNMENT}; got {pages.strides}. View a container as uint8 and slice it along any axis but the last"
+        )
+    span = pages.shape[-1]
+    for stride, size in axes:
+        if stride < span:
+            raise ValueError(
+                f"expected rows that do not overlap, strides of at least {span} bytes here; got {stride} in "
+                f"{pages.strides} of shape {list(pages.shape)}. Copy a view that repeats rows"
+            )
+        span += (size - 1) * stride
 
 
 def _check_kv_head_count(num_kv_heads: int, num_kv_heads_of_layout: int) -> None:
     """A pool holds all KV heads of the layout, or one shard of them (inside ``shard_map``)."""
     if num_kv_heads == 0 or num_kv_heads_of_layout % num_kv_heads:
         raise ValueError(
-            f"expected pages.shape[1] to be num_kv_heads={num_kv_heads_of_layout} of the layout, or a shard that "
-            f"divides it; got {num_kv_heads}. Allocate pages with layout.shape(num_pages)"
+            f"expected pages of num_kv_heads={num_kv_heads_of_layout} of the layout, or of a shard that divides it; "
+            f"got {num_kv_heads}. Allocate pages with layout.shape(num_pages)"
         )
 
 
@@ -204,9 +292,9 @@ def _check_vector(name: str, spec: ArraySpec, dtypes: tuple[str, ...], size_name
     _check_contiguous(name, spec)
 
 
-def _check_dtype(name: str, spec: ArraySpec, dtypes: tuple[str, ...]) -> None:
+def _check_dtype(name: str, spec: ArraySpec, dtypes: tuple[str, ...], way_out: str = "Cast it first") -> None:
     if spec.dtype not in dtypes:
-        raise TypeError(f"expected {name} of dtype {_either(dtypes)}; got {spec.dtype}. Cast it first")
+        raise TypeError(f"expected {name} of dtype {_either(dtypes)}; got {spec.dtype}. {way_out}")
 
 
 def _check_shape(name: str, spec: ArraySpec, sizes: dict[str, int | None]) -> None:
@@ -252,7 +340,8 @@ def _check_bool(name: str, value: Any) -> None:
         raise TypeError(f"expected {name} to be True or False; got {value!r}")
 
 
-def _check_count(name: str, value: Any) -> None:
+def check_count(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError unless ``value`` is None or a Python integer from 1."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):

@@ -70,6 +70,21 @@ class MLALayout:
         return 1
 
     @property
+    def axes(self) -> tuple[str, ...]:
+        """What the axes of the pages are: those of records."""
+        return self.records.axes
+
+    @property
+    def head_axis(self) -> int:
+        """The axis of the pages with the one head."""
+        return self.records.head_axis
+
+    @property
+    def has_rows(self) -> bool:
+        """False: an MLA cache is held in records."""
+        return self.records.has_rows
+
+    @property
     def head_dim(self) -> int:
         """Elements of a key as attention sees it, ``[latent | rope]``."""
         return self.kv_lora_rank + self.rope_dim
@@ -110,7 +125,7 @@ class MLALayout:
         """Bytes of one token in one layer, scale and padding included."""
         return self.records.bytes_per_token
 
-    def shape(self, num_pages: int) -> tuple[int, int, int]:
+    def shape(self, num_pages: int) -> tuple[int, ...]:
         """The shape of a pool of ``num_pages`` pages: ``(num_pages, 1, record_bytes)``, uint8."""
         return self.records.shape(num_pages)
 

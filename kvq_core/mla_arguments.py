@@ -9,7 +9,6 @@ from kvq_core.arguments import (
     INDEX_DTYPES,
     ArraySpec,
     _check_bool,
-    _check_count,
     _check_cu_seqlens_q,
     _check_dtype,
     _check_number,
@@ -18,6 +17,7 @@ from kvq_core.arguments import (
     _check_sequences,
     _check_shape,
     _check_vector,
+    check_count,
 )
 from kvq_core.layout import CacheLayout
 from kvq_core.mla import MLALayout
@@ -118,7 +118,7 @@ def check_mla_attention(
     num_seqs = _check_sequences(page_table, seq_lens)
     _check_cu_seqlens_q(cu_seqlens_q, q.shape[0], num_seqs)
     _check_bool("causal", causal)
-    _check_count("max_seqlen_q", max_seqlen_q)
+    check_count("max_seqlen_q", max_seqlen_q)
     if sm_scale is None:
         raise TypeError("expected sm_scale to be a Python number; got None. It depends on the head size before MLA")
     _check_number("sm_scale", sm_scale)

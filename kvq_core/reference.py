@@ -1,16 +1,26 @@
 """The specification, in numpy: what every backend computes (DESIGN.md sections 3 to 6).
 
 Written to be read, not to be fast. Cache bytes agree with it exactly, attention as DESIGN.md section 4 says. Arrays are
-numpy's, with the dtypes of ml_dtypes where numpy has none; a pool whose page stride exceeds a page is a strided view.
+numpy's, with the dtypes of ml_dtypes where numpy has none; a pool whose page stride exceeds a page is a strided view,
+as is a row container in whatever order of its axes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from kvq_core.arguments import ArraySpec, check_append_kv, check_copy_pages, check_gather_kv, check_paged_attention
+from kvq_core.arguments import (
+    FLOAT_DTYPES,
+    ArraySpec,
+    check_append_kv,
+    check_copy_pages,
+    check_gather_kv,
+    check_merge_states,
+    check_paged_attention,
+)
 from kvq_core.codec import decode_rows, encode_rows
 from kvq_core.layout import CacheLayout
 from kvq_core.mla import MLALayout
@@ -24,15 +34,19 @@ def record_field(layout: CacheLayout | MLALayout, pages: np.ndarray, name: str) 
 
     Args:
         layout: the layout of ``pages``.
-        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``.
+        pages: uint8, the axes of ``layout``.
         name: a key of ``layout.fields``, e.g. ``"k_codes"``.
 
     Returns:
         ``[num_pages, num_kv_heads, page_size, n]`` of the field's dtype; n is the head dimension of codes, 1 of scales.
     """
     field = layout.fields[name]
-    field_bytes = pages[:, :, field.offset : field.offset + layout.page_size * field.row_bytes]
-    return field_bytes.reshape(*pages.shape[:2], layout.page_size, field.row_bytes).view(field.dtype)
+    if layout.has_rows:
+        rows = pages.swapaxes(1, layout.head_axis)[..., field.offset : field.offset + field.row_bytes]
+    else:
+        field_bytes = pages[:, :, field.offset : field.offset + layout.page_size * field.row_bytes]
+        rows = field_bytes.reshape(*pages.shape[:2], layout.page_size, field.row_bytes)
+    return rows.view(field.dtype)
 
 
 def append_kv(
@@ -50,7 +64,7 @@ def append_kv(
 
     Args:
         layout: the layout of ``pages``.
-        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``, written.
+        pages: uint8, the axes of ``layout``, written.
         k: bfloat16, float16 or float32 ``[num_tokens, num_kv_heads, head_dim]``.
         v: the same with ``head_dim_v``.
         slot_mapping: int32 or int64 ``[num_tokens]``, ``page * page_size + offset`` of each token.
@@ -82,7 +96,7 @@ def gather_kv(
 
     Args:
         layout: the layout of ``pages``.
-        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``.
+        pages: uint8, the axes of ``layout``.
         page_table: int32 ``[num_seqs, max_pages]``.
         seq_lens: int32 ``[num_seqs]``.
         k_scale: float32 scalar of a per-tensor mode of K.
@@ -108,7 +122,7 @@ def copy_pages(pages: np.ndarray, src: np.ndarray, dst: np.ndarray) -> None:
     A pair with an id outside the pool is skipped.
 
     Args:
-        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``, written.
+        pages: uint8, the axes of any layout, written.
         src: int32 or int64 ``[num_pairs]``.
         dst: int32 or int64 ``[num_pairs]``, unique and disjoint from ``src``.
 
@@ -148,7 +162,7 @@ def paged_attention(
     Args:
         layout: the layout of ``pages``.
         q: bfloat16, float16 or float32 ``[num_q_tokens, num_q_heads, head_dim]``.
-        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``.
+        pages: uint8, the axes of ``layout``.
         page_table: int32 ``[num_seqs, max_pages]``.
         seq_lens: int32 ``[num_seqs]``, the KV lengths, queries included.
         cu_seqlens_q: int32 ``[num_seqs + 1]`` from 0, the rows of q of each sequence; None for one query each.
@@ -185,7 +199,8 @@ def paged_attention(
         sinks=_optional_spec(sinks),
         alibi_slopes=_optional_spec(alibi_slopes),
     )
-    heads = (pages.shape[1], q.shape[1] // pages.shape[1])  # query head h reads KV head h // heads[1]
+    num_kv_heads = pages.shape[layout.head_axis]
+    heads = (num_kv_heads, q.shape[1] // num_kv_heads)  # query head h reads KV head h // heads[1]
     scoring = _Scoring(
         sm_scale=q.shape[2] ** -0.5 if sm_scale is None else sm_scale,
         causal=causal,
@@ -299,6 +314,39 @@ def mla_attention(
     no_slopes, no_sinks = _per_head(None, heads, default=0.0), _per_head(None, heads, default=-np.inf)
     scoring = _Scoring(sm_scale, causal, window=None, softcap=None, slopes=no_slopes, sinks=no_sinks)
     return _attend_sequences(scoring, layout, q, pages, page_table, seq_lens, cu_seqlens_q, (k_scale, k_scale))
+
+
+@np.errstate(all="ignore")
+def merge_states(
+    outs: np.ndarray | Sequence[np.ndarray], lses: np.ndarray | Sequence[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Merge attention over disjoint sets of keys: ``lse = log sum exp(lse_i)``, ``out = sum exp(lse_i - lse) out_i``.
+
+    A part with lse -inf saw no key and is left out, whatever its values. A part with lse NaN or +inf makes the result
+    NaN. A NaN or an infinity among the values of any other part reaches the result, however small the part's share.
+
+    Args:
+        outs: bfloat16, float16, float32 or float64 ``[num_parts, num_q_tokens, num_q_heads, head_dim_v]``, or a
+            sequence of parts.
+        lses: float32 or float64 ``[num_parts, num_q_tokens, num_q_heads]``, natural logarithms, or a sequence of parts.
+
+    Returns:
+        Values ``[num_q_tokens, num_q_heads, head_dim_v]`` and log-sum-exp ``[num_q_tokens, num_q_heads]``, float64;
+        zeros and -inf where no part saw a key.
+
+    Raises:
+        TypeError, ValueError: see `kvq_core.arguments.check_merge_states`.
+    """
+    dtypes = (*FLOAT_DTYPES, "float64")
+    check_merge_states([_spec(x) for x in outs], [_spec(x) for x in lses], dtypes, ("float32", "float64"))
+    values, stacked = np.asarray(outs, np.float64), np.asarray(lses, np.float64)
+    peak = stacked.max(axis=0)
+    shift = np.where(peak == -np.inf, 0.0, peak)
+    weights = np.exp(stacked - shift)
+    total = weights.sum(axis=0)
+    weights = (weights / np.where(total == 0, 1.0, total))[..., None]
+    shares = np.where(np.isfinite(values), weights * values, weights + values)
+    return np.where(stacked[..., None] == -np.inf, 0.0, shares).sum(axis=0), shift + np.log(total)
 
 
 class _Scoring(NamedTuple):
@@ -432,7 +480,7 @@ def _read_pages(
             scale = record_field(layout, pages, f"{side}_scales")[inside, ..., 0]
         rows = np.full((*page_ids.shape, *codes.shape[1:]), np.nan, np.float32)
         rows[is_page] = decode_rows(codes[inside], mode, scale)
-        sides.append(rows.swapaxes(-2, -3).reshape(*page_ids.shape[:-1], num_tokens, pages.shape[1], codes.shape[-1]))
+        sides.append(rows.swapaxes(-2, -3).reshape(*page_ids.shape[:-1], num_tokens, codes.shape[1], codes.shape[-1]))
     return sides[0], sides[1]
 
 

@@ -6,35 +6,44 @@ program. Counts that vary from call to call are never part of it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from kvq_core.layout import CacheLayout
+from kvq_core.layout import FIELD_ALIGNMENT, CacheLayout
 from kvq_core.modes import KVQuantMode
 
 
 @dataclass(frozen=True)
 class SideSpec:
-    """K or V of a record. Offsets and sizes in bytes."""
+    """K or V of a record. Offsets, strides and sizes in bytes; those of scales are meaningless without them."""
 
     mode: str
     head_dim: int
     padded_dim: int  # a power of two, at least 16, that holds head_dim: Triton tensors have no other sizes
     code_bytes: int
     codes: int  # offset of the codes in the record
-    row_bytes: int
-    scales: int  # offset of the row scales in the record, meaningless without them
+    slot_stride: int  # from the codes of a token to those of the next
+    scales: int  # offset of the row scales in the record
+    scale_slot_stride: int
+    align: int  # of every row of codes
+    is_wide: bool  # a record spans more bytes than an int32 counts
     per_token_head: bool
     per_tensor: bool
 
 
 @dataclass(frozen=True)
 class RecordSpec:
-    """A pool of records. ``caps`` says which codecs may run: see `kvq_core.kernels.codec`."""
+    """A pool of records; in a row container the rows of one page and KV head are one, wherever they lie.
+
+    ``caps`` says which codecs may run: see `kvq_core.kernels.codec`.
+    """
 
     page_size: int
     num_kv_heads: int  # of the pages at hand: inside a shard_map the local count
-    record_bytes: int
     page_stride: int
+    head_stride: int
+    align: int  # of every record
     k: SideSpec
     v: SideSpec
     caps: str
@@ -58,6 +67,20 @@ class GatherSpec:
     records: RecordSpec
     tile: int
     dtype: str
+    for_attention: bool  # V is finite: of a token whose V is not, K becomes NaN, which a mask can hide
+
+
+@dataclass(frozen=True)
+class CopySpec:
+    """``chunk`` words (of 32 bits) a program. Words lie in runs, ``inner_runs`` of them for each of the outer axis."""
+
+    page_words: int
+    page_stride: int
+    run_words: int
+    inner_runs: int
+    inner_stride: int
+    outer_stride: int
+    chunk: int
 
 
 @dataclass(frozen=True)
@@ -71,11 +94,12 @@ class AttentionSpec:
     row_blocks: int  # programs over the rows of one sequence and KV head (decode)
     queries: int  # most queries of a sequence (decode), or queries of a program (prefill)
     tile: int  # keys a step
+    keys_first: bool  # how tiles lie: see `kvq_core.kernels.attend`
     q_align: int
     k_operand: str  # dtype of the operands of q k^T: "float16", "bfloat16" or "float32"
     v_operand: str
     fold_v_scales: bool  # V row scales enter the softmax as exponents; else they multiply the probabilities
-    v_parts: int  # dots that V is multiplied in: 1 or 4
+    v_parts: int  # dots that V is multiplied in: 4 for words of 8-bit codes, else 1
     p_shift: float  # probabilities are held times 2**p_shift, so that float16 does not underflow
     normalize_q: bool  # divide q rows by a power of two near their absmax (bfloat16 q in float16 operands)
     sm_scale: float
@@ -85,37 +109,50 @@ class AttentionSpec:
     has_sinks: bool
     has_alibi: bool
     has_cu_seqlens: bool
+    overlap: bool  # decode: the merge is launched early (programmatic dependent launch) and waits for its input
     programs: int  # decode: programs a KV head and row block, which share its keys equally
+    part_stride: int  # decode: float32 numbers from the partial results of a KV head to those of the next
 
 
-def side_spec(mode: KVQuantMode, head_dim: int, codes: int, scales: int, least_dim: int) -> SideSpec:
-    """The specification of K or V rows of ``head_dim`` elements in ``mode``."""
-    return SideSpec(
-        mode=mode.value,
-        head_dim=head_dim,
-        padded_dim=max(least_dim, 1 << (head_dim - 1).bit_length()),
-        code_bytes=mode.bits // 8,
-        codes=codes,
-        row_bytes=head_dim * mode.bits // 8,
-        scales=scales,
-        per_token_head=mode.is_per_token_head,
-        per_tensor=mode.is_per_tensor,
-    )
+class PoolStrides(NamedTuple):
+    """Bytes from page to page, KV head to KV head, slot to slot; ``slot`` None in records, where fields differ."""
+
+    page: int
+    head: int
+    slot: int | None
 
 
-def record_spec(layout: CacheLayout, num_kv_heads: int, page_stride: int, caps: str, least_dim: int = 16) -> RecordSpec:
-    """The specification of a pool of ``layout`` with ``num_kv_heads`` local heads and ``page_stride`` bytes a page."""
-    fields = layout.fields
+def record_spec(
+    layout: CacheLayout, num_kv_heads: int, strides: PoolStrides, caps: str, least_dim: int = 16
+) -> RecordSpec:
+    """The specification of a pool of ``layout`` with ``num_kv_heads`` local heads."""
+    align = math.gcd(FIELD_ALIGNMENT, strides.page, strides.head)
 
     def side(name: str, mode: KVQuantMode, head_dim: int) -> SideSpec:
-        scales = fields[f"{name}_scales"].offset if mode.is_per_token_head else 0
-        return side_spec(mode, head_dim, fields[f"{name}_codes"].offset, scales, least_dim)
+        codes = layout.fields[f"{name}_codes"]
+        scales = layout.fields.get(f"{name}_scales", codes)
+        slot_stride = strides.slot or codes.row_bytes
+        return SideSpec(
+            mode=mode.value,
+            head_dim=head_dim,
+            padded_dim=max(least_dim, 1 << (head_dim - 1).bit_length()),
+            code_bytes=mode.bits // 8,
+            codes=codes.offset,
+            slot_stride=slot_stride,
+            scales=scales.offset,
+            scale_slot_stride=strides.slot or scales.row_bytes,
+            align=math.gcd(align, codes.offset, slot_stride),
+            is_wide=layout.page_size * slot_stride >= 2**31,
+            per_token_head=mode.is_per_token_head,
+            per_tensor=mode.is_per_tensor,
+        )
 
     return RecordSpec(
         page_size=layout.page_size,
         num_kv_heads=num_kv_heads,
-        record_bytes=layout.record_bytes,
-        page_stride=page_stride,
+        page_stride=strides.page,
+        head_stride=strides.head,
+        align=align,
         k=side("k", layout.k_mode, layout.head_dim),
         v=side("v", layout.v_mode, layout.head_dim_v),
         caps=caps,

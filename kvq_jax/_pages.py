@@ -21,7 +21,7 @@ def to_pool(page_ids: jax.Array, pages: jax.Array) -> jax.Array:
 
 
 def read_records(pages: jax.Array, page_ids: jax.Array) -> jax.Array:
-    """Pages by id, uint8 ``[..., num_kv_heads, record_bytes]``; zeros for ids outside the pool."""
+    """Pages by id, uint8 ``[..., *pages.shape[1:]]``; zeros for ids outside the pool."""
     if pages.shape[0] == 0:
         return jnp.zeros(page_ids.shape + pages.shape[1:], jnp.uint8)
     return pages.at[to_pool(page_ids, pages)].get(mode="fill", fill_value=0)
@@ -35,6 +35,9 @@ def read_pages(cache: KVCache, page_ids: jax.Array) -> tuple[jax.Array, jax.Arra
 
     def read_field(name: str) -> jax.Array:
         field = layout.fields[name]
+        if layout.has_rows:
+            rows = jnp.swapaxes(records, -3, layout.head_axis - 4)
+            return lax.slice_in_dim(rows, field.offset, field.offset + field.row_bytes, axis=-1)
         rows = lax.slice_in_dim(records, field.offset, field.offset + layout.page_size * field.row_bytes, axis=-1)
         return rows.reshape(*records.shape[:-1], layout.page_size, field.row_bytes)
 
@@ -55,15 +58,22 @@ def write_rows(
 
     Args:
         cache: for its layout.
-        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``.
+        pages: uint8, the axes of the layout.
         name: the field.
         page_ids: int32 ``[num_tokens]``; ``num_pages`` drops the token.
         offsets: ``[num_tokens]``, the token's place in its page.
         rows: uint8 ``[num_tokens, num_kv_heads, row_bytes]``.
     """
-    field = cache.layout.fields[name]
-    starts = jnp.stack([page_ids, field.offset + offsets.astype(jnp.int32) * field.row_bytes], axis=-1)
+    field, offsets = cache.layout.fields[name], offsets.astype(jnp.int32)
+    if cache.layout.has_rows:
+        token_axes = (0, cache.layout.axes.index("page_size"))
+        starts = [page_ids, offsets, jnp.full_like(offsets, field.offset)]
+    else:
+        token_axes = (0,)
+        starts = [page_ids, field.offset + offsets * field.row_bytes]
     axes = lax.ScatterDimensionNumbers(
-        update_window_dims=(1, 2), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 2)
+        update_window_dims=(1, 2),
+        inserted_window_dims=token_axes,
+        scatter_dims_to_operand_dims=(*token_axes, pages.ndim - 1),
     )
-    return lax.scatter(pages, starts, rows, axes, mode="drop")
+    return lax.scatter(pages, jnp.stack(starts, axis=-1), rows, axes, mode="drop")

@@ -52,8 +52,8 @@ def append_kv(cache: KVCache, k: jax.Array, v: jax.Array, slot_mapping: jax.Arra
     if plan is None:
         return cache.pages
     # Without a claim the kernel does not read the winners, and any array of their dtype will do.
-    winners = slot_mapping if plan.claim is None else _launch(plan.claim, device, slot_mapping)[0]
-    return _launch(plan.append, device, k, v, slot_mapping, winners, cache.k_scale, cache.v_scale, cache.pages)[0]
+    winners = slot_mapping if plan.claim is None else launch(plan.claim, device, slot_mapping)[0]
+    return launch(plan.append, device, k, v, slot_mapping, winners, cache.k_scale, cache.v_scale, cache.pages)[0]
 
 
 def gather_kv(cache: KVCache, page_table: jax.Array, seq_lens: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
@@ -62,10 +62,10 @@ def gather_kv(cache: KVCache, page_table: jax.Array, seq_lens: jax.Array, dtype:
     specs = (array_spec(x) for x in (cache.pages, page_table, seq_lens))
     plan = plan_gather_kv(layout, *specs, dtype, device)
     if plan is None:
-        (num_seqs, max_pages), num_kv_heads = page_table.shape, cache.pages.shape[1]
+        (num_seqs, max_pages), num_kv_heads = page_table.shape, cache.pages.shape[layout.head_axis]
         shape = (num_seqs, max_pages * layout.page_size, num_kv_heads)
         return jnp.zeros((*shape, layout.head_dim), dtype), jnp.zeros((*shape, layout.head_dim_v or 0), dtype)
-    k, v = _launch(plan, device, cache.pages, cache.k_scale, cache.v_scale, page_table, seq_lens)
+    k, v = launch(plan, device, cache.pages, cache.k_scale, cache.v_scale, page_table, seq_lens)
     return k, v
 
 
@@ -73,7 +73,7 @@ def copy_pages(pages: jax.Array, src: jax.Array, dst: jax.Array) -> jax.Array:
     """Return the pages with page ``src[i]`` copied to page ``dst[i]``; in place if the pages are donated."""
     device = device_facts(pages)
     plan = plan_copy_pages(array_spec(pages), array_spec(src), array_spec(dst), device)
-    return pages if plan is None else _launch(plan, device, src, dst, pages)[0]
+    return pages if plan is None else launch(plan, device, src, dst, pages)[0]
 
 
 def paged_attention(
@@ -105,9 +105,9 @@ def paged_attention(
     sinks = cache.k_scale if sinks is None else sinks
     slopes = cache.k_scale if alibi_slopes is None else alibi_slopes
     scales = (cache.k_scale, cache.v_scale)
-    results = _launch(plan.attend, device, q, pages, *scales, sinks, slopes, page_table, seq_lens, cu_seqlens_q)
+    results = launch(plan.attend, device, q, pages, *scales, sinks, slopes, page_table, seq_lens, cu_seqlens_q)
     if plan.merge is not None:
-        results = _launch(plan.merge, device, *results, sinks, seq_lens, cu_seqlens_q)
+        results = launch(plan.merge, device, *results, sinks, seq_lens, cu_seqlens_q)
     out, lse = results
     return out, lse
 
@@ -134,14 +134,14 @@ def mla_attention(
         out = jnp.zeros((*q.shape[:2], layout.head_dim_v or 0), q.dtype)
         return out, jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
     cu_seqlens_q = seq_lens if cu_seqlens_q is None else cu_seqlens_q
-    results = _launch(plan.attend, device, q, pages, cache.k_scale, page_table, seq_lens, cu_seqlens_q)
+    results = launch(plan.attend, device, q, pages, cache.k_scale, page_table, seq_lens, cu_seqlens_q)
     if plan.merge is not None:
-        results = _launch(plan.merge, device, *results, cache.k_scale, seq_lens, cu_seqlens_q)
+        results = launch(plan.merge, device, *results, cache.k_scale, seq_lens, cu_seqlens_q)
     out, lse = results
     return out, lse
 
 
-def _launch(plan: LaunchPlan, device: DeviceFacts, *inputs: jax.Array) -> list[jax.Array]:
+def launch(plan: LaunchPlan, device: DeviceFacts, *inputs: jax.Array) -> list[jax.Array]:
     """Run ``plan`` on ``inputs`` and return its outputs."""
     call = _call_interpreter if device.backend == "interpreter" else _call_triton
     return vary_like(call(plan, device, inputs), *inputs)

@@ -58,7 +58,7 @@ def paged_attention(
     alibi_slopes: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return values in q's dtype ``[num_q_tokens, num_q_heads, head_dim_v]`` and log-sum-exp, float32."""
-    (num_q_tokens, num_q_heads, head_dim), num_kv_heads = q.shape, cache.pages.shape[1]
+    (num_q_tokens, num_q_heads, head_dim), num_kv_heads = q.shape, cache.pages.shape[cache.layout.head_axis]
     heads = (num_kv_heads, num_q_heads // num_kv_heads)
     out = jnp.zeros((num_q_tokens, *heads, cache.layout.head_dim_v or 0), jnp.float32)
     lse = jnp.full((num_q_tokens, *heads), -jnp.inf, jnp.float32)

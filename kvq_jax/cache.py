@@ -21,8 +21,13 @@ class KVCache:
     The constructor checks nothing, because JAX rebuilds pytrees with placeholders for leaves. It also makes the specs
     that ``shard_map`` wants: ``KVCache(P(None, "tp"), P(), P(), layout)`` shards over KV heads.
 
+    JAX arrays are dense, so a row container with heads inside slots needs a layout with ``row_order="NHD"``, whose KV
+    heads lie on axis 2. Layers that share an array ``[num_pages, num_layers, ..]`` are a pool of ``num_pages *
+    num_layers`` pages after a reshape: page p of layer l is ``p * num_layers + l``.
+
     Args:
-        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``; inside ``shard_map``, the local KV heads.
+        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``, or the axes of a row container; inside ``shard_map``,
+            the local KV heads.
         k_scale: float32 ``[]``, the scale of K in a per-tensor mode.
         v_scale: float32 ``[]``, the scale of V in a per-tensor mode.
         layout: the byte layout, a `CacheLayout` or an `MLALayout`; static, so that another layout is another trace.
@@ -49,7 +54,7 @@ class KVCache:
         Args:
             layout: the byte layout.
             num_pages: pages to allocate.
-            pages: instead of ``num_pages``, uint8 ``[num_pages, num_kv_heads, record_bytes]`` from JAX or numpy.
+            pages: instead of ``num_pages``, uint8 with the axes of the layout, from JAX or numpy.
             sharding: where the pages go, e.g. ``NamedSharding(mesh, P(None, "tp"))`` for KV heads over a mesh axis.
             k_scale: the scale of K in a per-tensor mode, a number or an array of one element.
             v_scale: the scale of V in a per-tensor mode.
@@ -90,11 +95,12 @@ def _check_pages(layout: CacheLayout | MLALayout, pages: Any) -> None:
         raise TypeError(f"expected pages to be a JAX or numpy array; got {type(pages).__name__}")
     if pages.dtype != np.uint8:
         raise TypeError(f"expected pages of dtype uint8; got {pages.dtype}. Reinterpret the bytes, do not cast them")
-    num_kv_heads, record_bytes = layout.shape(0)[1:]
-    if pages.ndim != 3 or pages.shape[1:] != (num_kv_heads, record_bytes):
+    sizes = layout.shape(0)[1:]
+    if pages.ndim != len(layout.axes) or pages.shape[1:] != sizes:
+        wanted = ", ".join(f"{axis}={size}" for axis, size in zip(layout.axes[1:], sizes, strict=True))
         raise ValueError(
-            f"expected pages of shape [num_pages, num_kv_heads={num_kv_heads}, record_bytes={record_bytes}] for "
-            f"{layout.fingerprint()}; got {list(pages.shape)}. Pass layout.shard(n) for one of n shards"
+            f"expected pages of shape [num_pages, {wanted}] for {layout.fingerprint()}; got {list(pages.shape)}. "
+            "Pass layout.shard(n) for one of n shards"
         )
 
 

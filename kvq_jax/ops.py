@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kvq_core.arguments import check_append_kv, check_copy_pages, check_gather_kv, check_paged_attention
+from kvq_core.arguments import check_append_kv, check_copy_pages, check_count, check_gather_kv, check_paged_attention
 from kvq_core.layout import CacheLayout
 from kvq_core.mla_arguments import check_kind
-from kvq_jax import _triton, _xla
+from kvq_jax import _cudnn, _triton, _xla
 from kvq_jax._interop import Array, array_spec, as_jax, optional_spec, platform
 from kvq_jax.cache import KVCache
 
@@ -102,6 +102,7 @@ def paged_attention(
     *,
     cu_seqlens_q: Array | None = None,
     max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     sm_scale: float | None = None,
     causal: bool = True,
     window: int | None = None,
@@ -124,6 +125,7 @@ def paged_attention(
         seq_lens: int32 ``[num_seqs]``, the KV lengths, queries included.
         cu_seqlens_q: int32 ``[num_seqs + 1]`` from 0, the rows of q of each sequence; None for one query each.
         max_seqlen_q: the most queries of a sequence; ``num_q_tokens`` if None.
+        max_seqlen_k: the KV length to prepare for, ``max_seqlen_q`` if None. Only the time depends on it.
         sm_scale: multiplies the scores; ``head_dim**-0.5`` if None.
         causal: whether a query sees no later key.
         window: how many keys up to its position a query sees; None for all.
@@ -131,7 +133,12 @@ def paged_attention(
         sinks: float32 ``[num_q_heads]``, logits that join the denominator only.
         alibi_slopes: float32 ``[num_q_heads]``.
         return_lse: also return the log-sum-exp.
-        impl: ``"triton"``, ``"xla"``, or None for the best.
+        impl: ``"triton"``, ``"xla"``, or ``"cudnn"``: pages are read back into bfloat16 (at most 2 GiB), cuDNN attends,
+            and a kernel verifies on the device that the lengths are as assumed, and attends where they are not. It
+            takes whole prompts (max_seqlen_k = max_seqlen_q, as many queries in each sequence) of bfloat16 queries,
+            causal, no window, softcap, ALiBi or sinks, head_dim = head_dim_v up to 256, without the log-sum-exp. There
+            a V row with an infinity or NaN makes all of the output NaN that sees it. None takes it on a GPU since
+            Hopper, from 2048 x 2048 queries times keys.
 
     Returns:
         Values ``[num_q_tokens, num_q_heads, head_dim_v]`` in q's dtype, and with ``return_lse`` the log-sum-exp
@@ -140,9 +147,10 @@ def paged_attention(
 
     Raises:
         TypeError, ValueError: an argument is not as above.
+        NotImplementedError: ``impl="cudnn"`` for a call that it does not take; ``impl="pallas"``.
     """
     layout = check_kind(cache.layout, CacheLayout)
-    implementation = _implementation(impl, cache)
+    implementation = _implementation("triton" if impl == "cudnn" else impl, cache)
     q, page_table, seq_lens = as_jax("q", q), as_jax("page_table", page_table), as_jax("seq_lens", seq_lens)
     optional = {"cu_seqlens_q": cu_seqlens_q, "sinks": sinks, "alibi_slopes": alibi_slopes}
     arrays = {name: None if x is None else as_jax(name, x) for name, x in optional.items()}
@@ -162,6 +170,12 @@ def paged_attention(
         **{name: optional_spec(x) for name, x in arrays.items()},
         **numbers,
     )
+    check_count("max_seqlen_k", max_seqlen_k)
+    if impl == "cudnn" or (impl is None and implementation is _triton and cu_seqlens_q is not None):
+        wants = {"is_wanted": impl == "cudnn", "return_lse": return_lse, "max_seqlen_k": max_seqlen_k}
+        out = _cudnn.paged_attention(q, cache, page_table, seq_lens, **wants, **arrays, **numbers)
+        if out is not None:
+            return out
     out, lse = implementation.paged_attention(q, cache, page_table, seq_lens, **arrays, **numbers)
     return (out, lse) if return_lse else out
 
@@ -172,6 +186,8 @@ def _implementation(impl: str | None, cache: KVCache) -> ModuleType:
         return _triton if platform(cache.pages) == "gpu" else _xla
     if impl not in IMPLS:
         raise ValueError(f"expected impl to be None or one of {IMPLS}; got {impl!r}")
-    if impl in ("cudnn", "pallas"):
-        raise NotImplementedError(f"impl={impl!r} is not supported yet; use 'triton' on a GPU, 'xla' on a CPU, or None")
+    if impl == "cudnn":
+        raise NotImplementedError("impl='cudnn' is a way to attend; use 'triton', 'xla' or None for the other ops")
+    if impl == "pallas":
+        raise NotImplementedError("impl='pallas' is not supported yet; use 'triton' on a GPU, 'xla' on a CPU, or None")
     return _triton if impl == "triton" else _xla

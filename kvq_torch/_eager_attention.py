@@ -71,7 +71,8 @@ def paged_attention(
         sinks=optional_spec(sinks),
         alibi_slopes=optional_spec(alibi_slopes),
     )
-    heads = (pages.shape[1], q.shape[1] // pages.shape[1])
+    num_kv_heads = pages.shape[layout.head_axis]
+    heads = (num_kv_heads, q.shape[1] // num_kv_heads)
     scoring = _Scoring(
         q.shape[2] ** -0.5 if sm_scale is None else sm_scale,
         causal,
@@ -126,7 +127,8 @@ def _attend_blocks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend from all queries, a block of sequences, KV heads and queries at a time."""
     num_q_tokens, num_q_heads, _ = q.shape
-    heads = (pages.shape[1], num_q_heads // pages.shape[1])
+    num_kv_heads = pages.shape[layout.head_axis]
+    heads = (num_kv_heads, num_q_heads // num_kv_heads)
     if page_table.shape[1] == 0:
         page_table = page_table.new_full((page_table.shape[0], 1), -1)  # as good as none, and a maximum needs a column
     firsts, counts = _query_ranges(cu_seqlens_q, seq_lens)
@@ -137,7 +139,8 @@ def _attend_blocks(
     q = q.unflatten(1, heads)
     sizes = _chunk_sizes(layout, page_table, heads, most_queries)
     for seqs, kv_heads in itertools.product(_slices(page_table.shape[0], sizes[0]), _slices(heads[0], sizes[1])):
-        keys = _read_keys(layout, pages[:, kv_heads], k_scale, v_scale, page_table[seqs], seq_lens[seqs])
+        local = pages.narrow(layout.head_axis, kv_heads.start, kv_heads.stop - kv_heads.start)
+        keys = _read_keys(layout, local, k_scale, v_scale, page_table[seqs], seq_lens[seqs])
         for queries in _slices(most_queries, sizes[2]):
             index = torch.arange(queries.start, queries.stop, device=q.device)
             rows = torch.where(index < counts[seqs], firsts[seqs] + index, num_q_tokens).clamp(0, num_q_tokens)

@@ -12,9 +12,8 @@ from kvq_core.plan import DeviceFacts
 _INTERPRETER_SMS = 4  # small, so that tests on a CPU reach the split and the unsplit paths
 
 
-@functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
-    """The numpy-style name of ``dtype``, e.g. ``"bfloat16"``."""
+    """The numpy-style name of ``dtype``, e.g. ``"bfloat16"``. Not cached: it is fast, and dynamo traces it."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -32,6 +31,16 @@ def array_spec(tensor: torch.Tensor) -> ArraySpec:
 def optional_spec(tensor: torch.Tensor | None) -> ArraySpec | None:
     """`array_spec`, where None stays None."""
     return None if tensor is None else array_spec(tensor)
+
+
+def known_spec(tensor: torch.Tensor) -> ArraySpec:
+    """`array_spec` in half the time, for tensors that nothing traces: the sizes of others may be symbols."""
+    return _spec(tensor.dtype, tensor.shape, tensor.stride())
+
+
+@functools.lru_cache(maxsize=4096)
+def _spec(dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> ArraySpec:
+    return ArraySpec(dtype_name(dtype), tuple(shape), strides)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from kvq_core.arguments import check_append_kv, check_copy_pages, check_gather_kv, check_paged_attention
+from kvq_core.arguments import check_append_kv, check_copy_pages, check_count, check_gather_kv, check_paged_attention
 from kvq_core.layout import CacheLayout
 from kvq_torch import _eager
 from kvq_torch._interop import array_spec, dtype_name, optional_spec
@@ -27,8 +27,8 @@ _SCHEMAS = {
     "ScalarType dtype, str layout, str? impl) -> (Tensor, Tensor)",
     "copy_pages_": "(Tensor(a!) pages, Tensor src, Tensor dst, str? impl) -> ()",
     "paged_attention": "(Tensor q, Tensor pages, Tensor k_scale, Tensor v_scale, Tensor page_table, Tensor seq_lens, "
-    "Tensor? cu_seqlens_q, SymInt? max_seqlen_q, float? sm_scale, bool causal, int? window, float? softcap, "
-    "Tensor? sinks, Tensor? alibi_slopes, str layout, str? impl) -> (Tensor, Tensor)",
+    "Tensor? cu_seqlens_q, SymInt? max_seqlen_q, SymInt? max_seqlen_k, float? sm_scale, bool causal, int? window, "
+    "float? softcap, Tensor? sinks, Tensor? alibi_slopes, str layout, str? impl) -> (Tensor, Tensor)",
 }
 
 _layout = functools.cache(CacheLayout.from_fingerprint)
@@ -59,6 +59,7 @@ def _paged_attention(
     seq_lens,
     cu_seqlens_q,
     max_seqlen_q,
+    max_seqlen_k,
     sm_scale,
     causal,
     window,
@@ -79,23 +80,29 @@ def _paged_attention(
         sinks=sinks,
         alibi_slopes=alibi_slopes,
     )
-    return _backend(impl, pages.device).paged_attention(
-        _layout(layout),
-        q,
-        pages,
-        k_scale,
-        v_scale,
-        page_table,
-        seq_lens,
-        cu_seqlens_q=cu_seqlens_q,
-        max_seqlen_q=max_seqlen_q,
-        sm_scale=sm_scale,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-    )
+    check_count("max_seqlen_k", max_seqlen_k)
+    cache_layout = _layout(layout)
+    options = {
+        "cu_seqlens_q": cu_seqlens_q,
+        "max_seqlen_q": max_seqlen_q,
+        "sm_scale": sm_scale,
+        "causal": causal,
+        "window": window,
+        "softcap": softcap,
+        "sinks": sinks,
+        "alibi_slopes": alibi_slopes,
+    }
+    arrays = q, pages, k_scale, v_scale, page_table, seq_lens
+    if impl == "sdpa" or (impl is None and cu_seqlens_q is not None and pages.device.type != "cpu"):
+        _check_triton_runs_on(pages.device, impl or "triton")
+        from kvq_torch import _sdpa
+
+        plan = _sdpa.plan(
+            cache_layout, q, pages, page_table, seq_lens, is_wanted=impl == "sdpa", max_seqlen_k=max_seqlen_k, **options
+        )
+        if plan is not None:
+            return _sdpa.paged_attention(plan, *arrays, cu_seqlens_q, sinks)
+    return _backend(impl, pages.device).paged_attention(cache_layout, *arrays, **options)
 
 
 def _append_kv_fake(pages, k_scale, v_scale, k, v, slot_mapping, layout, impl):
@@ -111,7 +118,7 @@ def _gather_kv_fake(pages, k_scale, v_scale, page_table, seq_lens, dtype, layout
         specs = array_spec(pages), array_spec(page_table), array_spec(seq_lens)
         check_gather_kv(cache_layout, *specs, dtype_name(dtype))
     num_seqs, max_pages = page_table.shape
-    size = (num_seqs, max_pages * cache_layout.page_size, pages.shape[1])
+    size = (num_seqs, max_pages * cache_layout.page_size, pages.shape[cache_layout.head_axis])
     return tuple(pages.new_empty((*size, dim), dtype=dtype) for dim in (cache_layout.head_dim, cache_layout.head_dim_v))
 
 
@@ -130,6 +137,7 @@ def _paged_attention_fake(
     seq_lens,
     cu_seqlens_q,
     max_seqlen_q,
+    max_seqlen_k,
     sm_scale,
     causal,
     window,
@@ -169,19 +177,25 @@ def _backend(impl: str | None, device: torch.device) -> ModuleType:
     if impl == "eager":
         return _eager
     if impl == "triton":
-        _check_triton_runs_on(device)
-        from kvq_torch import _triton
-
-        return _triton
+        _check_triton_runs_on(device, impl)
+        return _triton()
     if impl == "sdpa":
-        raise NotImplementedError("impl='sdpa' is not supported yet; use 'triton', 'eager' or None")
+        raise NotImplementedError("impl='sdpa' is a way to attend; use 'triton', 'eager' or None for the other ops")
     raise ValueError(f"expected impl to be None or one of {_IMPLS}; got {impl!r}")
 
 
-def _check_triton_runs_on(device: torch.device) -> None:
+@functools.cache
+def _triton() -> ModuleType:
+    """Imported when it is first used, because it needs Triton, and once, because an import takes time every time."""
+    from kvq_torch import _triton
+
+    return _triton
+
+
+def _check_triton_runs_on(device: torch.device, impl: str) -> None:
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
-            "impl='triton' got tensors on a CPU, where it needs Triton's interpreter. Move them to a GPU, use "
+            f"impl={impl!r} got tensors on a CPU, where it needs Triton's interpreter. Move them to a GPU, use "
             "impl='eager', or set TRITON_INTERPRET=1 in the environment before Python starts"
         )
 

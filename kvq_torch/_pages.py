@@ -9,8 +9,14 @@ from kvq_torch._codec import decode_rows
 
 
 def field_rows(layout: CacheLayout, records: torch.Tensor, name: str) -> torch.Tensor:
-    """The rows of one field as a view, uint8 ``[..., page_size, row_bytes]`` of ``records [..., record_bytes]``."""
+    """The rows of one field of pages, which end in the axes of ``layout``, as a view.
+
+    Returns:
+        uint8 ``[..., num_kv_heads, page_size, row_bytes]``.
+    """
     field = layout.fields[name]
+    if layout.has_rows:
+        return records.transpose(-3, layout.head_axis - 4).narrow(-1, field.offset, field.row_bytes)
     field_bytes = records.narrow(-1, field.offset, layout.page_size * field.row_bytes)
     return field_bytes.unflatten(-1, (layout.page_size, field.row_bytes))
 
@@ -26,7 +32,7 @@ def read_pages(
 
     Args:
         layout: the layout of ``pages``.
-        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``.
+        pages: uint8, the axes of ``layout``.
         k_scale: float32 ``[]``, the scale of K in a per-tensor mode.
         v_scale: float32 ``[]``, the scale of V in a per-tensor mode.
         page_ids: an integer dtype ``[num_seqs, n]``.

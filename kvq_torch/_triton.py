@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
-from collections.abc import Callable
+import functools
+import operator
 from typing import Any
 
 import numpy as np
 import torch
+from triton import knobs
+from triton.runtime import driver
 
 from kvq_core import kernels
 from kvq_core.layout import CacheLayout
@@ -21,7 +23,7 @@ from kvq_core.plan import (
     plan_mla_attention,
     plan_paged_attention,
 )
-from kvq_torch._interop import array_spec, device_facts, dtype_name, optional_spec, torch_dtype
+from kvq_torch._interop import device_facts, dtype_name, known_spec, torch_dtype
 
 
 def append_kv_(
@@ -34,12 +36,12 @@ def append_kv_(
     slot_mapping: torch.Tensor,
 ) -> None:
     """See `kvq_torch.append_kv_`."""
-    specs = array_spec(pages), array_spec(k), array_spec(v), array_spec(slot_mapping)
+    specs = known_spec(pages), known_spec(k), known_spec(v), known_spec(slot_mapping)
     plan = plan_append_kv(layout, *specs, device_facts(pages.device))
     if plan is None:
         return
-    winners = slot_mapping if plan.claim is None else _launch(plan.claim, slot_mapping)[0]
-    _launch(plan.append, k, v, slot_mapping, winners, k_scale, v_scale, pages)
+    winners = slot_mapping if plan.claim is None else launch(plan.claim, slot_mapping)[0]
+    launch(plan.append, k, v, slot_mapping, winners, k_scale, v_scale, pages)
 
 
 def gather_kv(
@@ -52,19 +54,19 @@ def gather_kv(
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, ...]:
     """See `kvq_torch.gather_kv`."""
-    specs = array_spec(pages), array_spec(page_table), array_spec(seq_lens)
+    specs = known_spec(pages), known_spec(page_table), known_spec(seq_lens)
     plan = plan_gather_kv(layout, *specs, dtype_name(dtype), device_facts(pages.device))
     if plan is None:
-        size = (page_table.shape[0], page_table.shape[1] * layout.page_size, pages.shape[1])
+        size = (page_table.shape[0], page_table.shape[1] * layout.page_size, pages.shape[layout.head_axis])
         return tuple(pages.new_zeros((*size, dim), dtype=dtype) for dim in (layout.head_dim, layout.head_dim_v))
-    return _launch(plan, pages, k_scale, v_scale, page_table, seq_lens)
+    return launch(plan, pages, k_scale, v_scale, page_table, seq_lens)
 
 
 def copy_pages_(pages: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> None:
     """See `kvq_torch.copy_pages_`."""
-    plan = plan_copy_pages(array_spec(pages), array_spec(src), array_spec(dst), device_facts(pages.device))
+    plan = plan_copy_pages(known_spec(pages), known_spec(src), known_spec(dst), device_facts(pages.device))
     if plan is not None:
-        _launch(plan, src, dst, pages)
+        launch(plan, src, dst, pages)
 
 
 def paged_attention(
@@ -88,18 +90,18 @@ def paged_attention(
     """See `kvq_torch.paged_attention`; always returns out and lse."""
     plan = plan_paged_attention(
         layout,
-        array_spec(q),
-        array_spec(pages),
-        array_spec(page_table),
-        array_spec(seq_lens),
-        cu_seqlens_q=optional_spec(cu_seqlens_q),
+        known_spec(q),
+        known_spec(pages),
+        known_spec(page_table),
+        known_spec(seq_lens),
+        cu_seqlens_q=None if cu_seqlens_q is None else known_spec(cu_seqlens_q),
         max_seqlen_q=max_seqlen_q,
         sm_scale=sm_scale,
         causal=causal,
         window=window,
         softcap=softcap,
-        sinks=optional_spec(sinks),
-        alibi_slopes=optional_spec(alibi_slopes),
+        sinks=None if sinks is None else known_spec(sinks),
+        alibi_slopes=None if alibi_slopes is None else known_spec(alibi_slopes),
         device=device_facts(q.device),
     )
     if plan is None:
@@ -109,10 +111,10 @@ def paged_attention(
     sinks = k_scale if sinks is None else sinks
     alibi_slopes = k_scale if alibi_slopes is None else alibi_slopes
     cu_seqlens_q = seq_lens if cu_seqlens_q is None else cu_seqlens_q
-    results = _launch(plan.attend, q, pages, k_scale, v_scale, sinks, alibi_slopes, page_table, seq_lens, cu_seqlens_q)
+    results = launch(plan.attend, q, pages, k_scale, v_scale, sinks, alibi_slopes, page_table, seq_lens, cu_seqlens_q)
     if plan.merge is None:
         return results
-    return _launch(plan.merge, *results, sinks, seq_lens, cu_seqlens_q)
+    return launch(plan.merge, *results, sinks, seq_lens, cu_seqlens_q)
 
 
 def mla_attention(
@@ -131,11 +133,11 @@ def mla_attention(
     """See `kvq_torch.mla_attention`; always returns out and lse."""
     plan = plan_mla_attention(
         layout,
-        array_spec(q),
-        array_spec(pages),
-        array_spec(page_table),
-        array_spec(seq_lens),
-        cu_seqlens_q=optional_spec(cu_seqlens_q),
+        known_spec(q),
+        known_spec(pages),
+        known_spec(page_table),
+        known_spec(seq_lens),
+        cu_seqlens_q=None if cu_seqlens_q is None else known_spec(cu_seqlens_q),
         max_seqlen_q=max_seqlen_q,
         sm_scale=sm_scale,
         causal=causal,
@@ -145,43 +147,69 @@ def mla_attention(
         out = q.new_zeros((*q.shape[:2], layout.kv_lora_rank))
         return out, q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
     cu_seqlens_q = seq_lens if cu_seqlens_q is None else cu_seqlens_q
-    results = _launch(plan.attend, q, pages, k_scale, page_table, seq_lens, cu_seqlens_q)
+    results = launch(plan.attend, q, pages, k_scale, page_table, seq_lens, cu_seqlens_q)
     if plan.merge is None:
         return results
-    return _launch(plan.merge, *results, k_scale, seq_lens, cu_seqlens_q)
+    return launch(plan.merge, *results, k_scale, seq_lens, cu_seqlens_q)
 
 
-def _launch(plan: LaunchPlan, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def launch(plan: LaunchPlan, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Run the kernel of ``plan`` and return its outputs; those with an alias are the input they were written to."""
     device = inputs[0].device
+    if device.type == "cuda" and device.index == torch.cuda.current_device():
+        return _launcher(plan, device)(inputs)
     with _launching_on(device):
+        return _launcher(plan, device)(inputs)
+
+
+@functools.lru_cache(maxsize=4096)
+def _launcher(plan: LaunchPlan, device: torch.device) -> _Launcher:
+    return _Launcher(plan, device)
+
+
+class _Launcher:
+    """Runs a plan on a device and keeps what no call changes, so that the host is soon done with the others.
+
+    Triton finds a compiled kernel by itself, but takes 30 us and more to do so, and asks the driver about the pointer
+    of every tensor.
+    """
+
+    def __init__(self, plan: LaunchPlan, device: torch.device) -> None:
+        self._plan = plan
+        self._device = device
+        self._outputs = [(output.shape, torch_dtype(output.dtype), output.alias) for output in plan.outputs]
+        self._constexprs = [value for _, value in plan.constexprs]
+        self._compiled: Any = None  # for operands that are multiples of 16 bytes: others take another kernel
+
+    def __call__(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         outputs = tuple(
-            torch.empty(output.shape, dtype=torch_dtype(output.dtype), device=device)
-            if output.alias is None
-            else inputs[output.alias]
-            for output in plan.outputs
+            [  # a list is faster than a generator, and sizes one by one than a tuple of them
+                torch.empty(*shape, dtype=dtype, device=self._device) if alias is None else inputs[alias]
+                for shape, dtype, alias in self._outputs
+            ]
         )
-        operands = (*inputs, *plan.scalars, *outputs)
-        runners = _RUNNERS.get(plan)
-        if runners is None or device not in runners or not _are_aligned(inputs):
-            compiled = _compile_and_launch(plan, operands)
-            if device.type != "cpu" and _are_aligned(inputs):
-                _RUNNERS.setdefault(plan, {})[device] = compiled[plan.grid], tuple(dict(plan.constexprs).values())
+        addresses = [tensor.data_ptr() for tensor in inputs]
+        is_aligned = functools.reduce(operator.or_, addresses) % 16 == 0
+        if self._compiled is None or not is_aligned or _has_launch_hooks():
+            compiled = _compile_and_launch(self._plan, (*inputs, *self._plan.scalars, *outputs))
+            self._compiled = compiled if is_aligned else self._compiled
         else:
-            run, constexprs = runners[device]
-            run(*operands, *constexprs)
-    return outputs
+            self._launch(*addresses, *self._plan.scalars, *[tensor.data_ptr() for tensor in outputs])
+        return outputs
+
+    def _launch(self, *operands: int) -> None:
+        """What ``compiled[grid](*operands)`` does, where nobody listens to launches."""
+        compiled = self._compiled
+        stream = driver.active.get_current_stream(self._device.index)  # pyright: ignore[reportAttributeAccessIssue]
+        hooks = (None, None, None)
+        compiled.run(
+            *self._plan.grid, stream, compiled.function, compiled.packed_metadata, *hooks, *operands, *self._constexprs
+        )
 
 
-# Compiled kernels by plan and device. Triton finds them by itself, but takes 30 us and more to do so.
-_RUNNERS: weakref.WeakKeyDictionary[LaunchPlan, dict[torch.device, tuple[Callable, tuple]]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def _are_aligned(tensors: tuple[torch.Tensor, ...]) -> bool:
-    """Whether all start at multiples of 16 bytes: Triton compiles another kernel for those that do not."""
-    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+def _has_launch_hooks() -> bool:
+    """Whether a profiler wants to know of launches."""
+    return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
 
 
 def _compile_and_launch(plan: LaunchPlan, operands: tuple) -> Any:
@@ -191,6 +219,7 @@ def _compile_and_launch(plan: LaunchPlan, operands: tuple) -> Any:
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
         enable_fp_fusion=plan.enable_fp_fusion,
+        **({"launch_pdl": True} if plan.launch_pdl else {}),  # other than NVIDIA's backends do not know it
     )
 
 
@@ -201,6 +230,4 @@ def _launching_on(device: torch.device) -> contextlib.AbstractContextManager:
     """
     if device.type == "cpu":
         return np.errstate(all="ignore")
-    if device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
     return torch.cuda.device(device)

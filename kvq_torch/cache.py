@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from kvq_core.arguments import _check_pages
-from kvq_core.layout import FIELD_ALIGNMENT, CacheLayout
+from kvq_core.arguments import _check_pages, pages_alignment
+from kvq_core.layout import CacheLayout
 from kvq_core.mla import MLALayout
 from kvq_torch._interop import array_spec
 
@@ -19,9 +19,10 @@ class KVCache:
     Args:
         layout: the byte layout of the pages, a `CacheLayout` or an `MLALayout`.
         num_pages: how many pages to allocate, all zero; exclusive with ``pages``.
-        pages: an existing pool to wrap, uint8 ``[num_pages, num_kv_heads, record_bytes]``. It is neither copied nor
-            cleared. The records of a page are contiguous; the page stride may be larger, so that layers share a tensor.
-            The number of KV heads may be a shard that divides ``layout.num_kv_heads``.
+        pages: an existing pool to wrap, uint8 with the axes of the layout. It is neither copied nor cleared. The
+            records of a page are contiguous; the page stride may be larger, so that layers share a tensor. In a row
+            container only rows are contiguous: their strides are free, so that it may be a view with its axes in any
+            order. The number of KV heads may be a shard that divides ``layout.num_kv_heads``.
         device: where to allocate; the device of ``pages`` if wrapped, else torch's default.
         k_scale: the scale of K in a per-tensor mode (``x = code * scale``), a number or a tensor of one element. A
             float32 tensor on the device is kept, not copied. Other modes ignore it.
@@ -30,7 +31,7 @@ class KVCache:
     Attributes:
         layout: the byte layout.
         fingerprint: ``layout.fingerprint()``, the form in which ops carry the layout.
-        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``.
+        pages: uint8 ``[num_pages, num_kv_heads, record_bytes]``, or the axes of a row container.
         k_scale, v_scale: float32 tensors without axes on the device of ``pages``.
 
     Raises:
@@ -83,13 +84,15 @@ def _page_count(num_pages: Any) -> int:
 def _check_wrapped(layout: CacheLayout | MLALayout, pages: Any, device: torch.device | str | int | None) -> None:
     if not isinstance(pages, torch.Tensor):
         raise TypeError(f"expected pages to be a torch.Tensor; got {type(pages).__name__}. Try torch.from_dlpack")
-    _check_pages(array_spec(pages), layout)
+    spec = array_spec(pages)
+    _check_pages(spec, layout)
     if device is not None and _with_index(torch.device(device)) != pages.device:
         raise ValueError(f"expected pages on device {str(device)!r}; got {str(pages.device)!r}. Leave device out")
-    if pages.data_ptr() % FIELD_ALIGNMENT:
+    alignment = pages_alignment(spec)
+    if pages.data_ptr() % alignment:
         raise ValueError(
-            f"expected pages to start at a multiple of {FIELD_ALIGNMENT} bytes; got address {pages.data_ptr():#x}. "
-            "Slice the pool at whole pages or allocate it with torch"
+            f"expected pages to start at a multiple of {alignment} bytes, as their strides are; got address "
+            f"{pages.data_ptr():#x}. Slice the pool at whole pages or allocate it with torch"
         )
 
 

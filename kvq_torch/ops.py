@@ -108,6 +108,7 @@ def paged_attention(
     *,
     cu_seqlens_q: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     sm_scale: float | None = None,
     causal: bool = True,
     window: int | None = None,
@@ -131,6 +132,8 @@ def paged_attention(
         seq_lens: int32 ``[num_seqs]``, the KV lengths, queries included.
         cu_seqlens_q: int32 ``[num_seqs + 1]`` from 0, the rows of q of each sequence; None for one query each.
         max_seqlen_q: no sequence has more queries; ``num_q_tokens`` if None.
+        max_seqlen_k: the KV length to prepare for, ``max_seqlen_q`` if None. Only the time depends on it: where every
+            sequence has just this length, a long prefill goes through PyTorch's cuDNN attention (see ``impl``).
         sm_scale: multiplies the scores; ``head_dim**-0.5`` if None.
         causal: whether a query sees no later key.
         window: how many keys up to its position a query sees; None for all.
@@ -138,7 +141,11 @@ def paged_attention(
         sinks: float32 ``[num_q_heads]``, logits that join the denominator only.
         alibi_slopes: float32 ``[num_q_heads]``.
         return_lse: whether to return the log-sum-exp too.
-        impl: see `append_kv_`.
+        impl: ``"triton"``, ``"eager"``, or ``"sdpa"``: pages are read back into bfloat16 (at most 2 GiB), cuDNN
+            attends, and a kernel verifies on the device that the lengths are as assumed, and attends where they are
+            not. It takes bfloat16 queries, causal, as many in each sequence, no window, softcap or ALiBi, head_dim =
+            head_dim_v up to 256. There a V row with an infinity or NaN makes all of the output (and lse) NaN that
+            sees it. None takes it on a GPU since Hopper, from 256 queries and 2048 x 2048 queries times keys.
 
     Returns:
         ``[num_q_tokens, num_q_heads, head_dim_v]`` in the dtype of q; with ``return_lse`` also the log-sum-exp, float32
@@ -146,13 +153,14 @@ def paged_attention(
         see no key: zeros, -inf (or the sink).
 
     Raises:
-        TypeError, ValueError, NotImplementedError: see `append_kv_`.
+        TypeError, ValueError: see `append_kv_`.
+        NotImplementedError: ``impl="sdpa"`` for a call that it does not take.
     """
     check_kind(cache.layout, CacheLayout)
     _check_tensors(q=q, page_table=page_table, seq_lens=seq_lens)
     for name, tensor in (("cu_seqlens_q", cu_seqlens_q), ("sinks", sinks), ("alibi_slopes", alibi_slopes)):
         _check_optional(name, tensor, (torch.Tensor,))
-    for name, count in (("max_seqlen_q", max_seqlen_q), ("window", window)):
+    for name, count in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k), ("window", window)):
         _check_optional(name, count, _INTEGER)
     for name, number in (("sm_scale", sm_scale), ("softcap", softcap)):
         _check_optional(name, number, _NUMBER)
@@ -168,6 +176,7 @@ def paged_attention(
         seq_lens,
         cu_seqlens_q,
         max_seqlen_q,
+        max_seqlen_k,
         sm_scale,
         causal,
         window,

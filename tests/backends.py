@@ -26,8 +26,11 @@ class Backend(Protocol):
     With an `MLALayout` these are the MLA ops: k is the latent, v the rope part, both with an axis for their one head.
     """
 
-    name: str
-    takes_strides: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def takes_strides(self) -> bool: ...
 
     def append(self, layout: Layout, pages, k, v, slots, scales: Scales) -> np.ndarray: ...
 
@@ -36,6 +39,8 @@ class Backend(Protocol):
     def copy_pages(self, layout: Layout, pages, src, dst) -> np.ndarray: ...
 
     def attention(self, layout: Layout, inputs: Any, options: dict[str, Any]) -> Attention: ...
+
+    def merge_states(self, outs: Any, lses: Any) -> Attention: ...
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,9 @@ class NumpyBackend:
         return Attention(
             *reference.paged_attention(layout, q, pages, page_table, seq_lens, **arrays, **scales, **options)
         )
+
+    def merge_states(self, outs, lses):
+        return Attention(*reference.merge_states(outs, lses))
 
 
 OPTIONAL_ARRAYS = ("cu_seqlens_q", "sinks", "alibi_slopes")
@@ -134,6 +142,12 @@ class TorchBackend:
         attend = kvq_torch.mla_attention if isinstance(layout, MLALayout) else kvq_torch.paged_attention
         return Attention(*map(from_torch, attend(q, cache, page_table, seq_lens, **options)))
 
+    def merge_states(self, outs, lses):
+        import kvq_torch
+
+        states = ([to_torch(x, self.device) for x in parts] for parts in (outs, lses))
+        return Attention(*map(from_torch, kvq_torch.merge_states(*states)))
+
     def _cache(self, layout, pages, scales=(1.0, 1.0)):
         import kvq_torch
 
@@ -180,6 +194,11 @@ class JaxBackend:
         results = attend(inputs.q, cache, inputs.page_table, inputs.seq_lens, **options)
         return Attention(*map(np.asarray, results))
 
+    def merge_states(self, outs, lses):
+        import kvq_jax
+
+        return Attention(*map(np.asarray, kvq_jax.merge_states(outs, lses)))
+
     def _cache(self, layout, pages, scales=(1.0, 1.0)):
         import kvq_jax
 
@@ -195,6 +214,20 @@ ON_GPU = (
     TorchBackend("torch-eager-gpu", "eager", "cuda"),
 )
 ALL = (*IN_PROCESS, *INTERPRETED, *ON_GPU)
+
+
+def takes_on(backend: Backend, case: Any) -> bool:
+    """Whether the conformance tests run ``case`` on ``backend``; see `tests.cases` for the tags."""
+    if backend in INTERPRETED:
+        one_of_each = backend.name == "torch-interpreter" or "callback" in case.tags
+        return one_of_each and not case.tags & {"large", "sweep"}
+    return backend.name != "jax-xla" or "sweep" not in case.tags
+
+
+def lacks_strides(backend: Backend, case: Any) -> bool:
+    """Whether the arrays of ``case`` have strides that those of ``backend`` cannot have."""
+    strided = getattr(case, "strides", None) or getattr(case, "pool", None)
+    return bool(strided) and not backend.takes_strides
 
 
 def marks_of(backend: Backend) -> tuple:

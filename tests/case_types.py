@@ -1,4 +1,7 @@
-"""What a conformance case is: plain data, and numpy inputs drawn from a seed that follows from its name."""
+"""What a conformance case is: plain data, and numpy inputs drawn from a seed that follows from its name.
+
+``pool``: see `tests.inputs.poisoned_pool`.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ class AppendCase:
     slots: str = "shuffled"
     slot_dtype: str = "int32"
     strides: str | None = None
-    padded: bool = False
+    pool: str | None = None
     k_scale: float = 1.0
     v_scale: float = 1.0
     tags: frozenset[str] = frozenset()
@@ -43,7 +46,7 @@ class AppendCase:
         num_tokens = min(len(k), len(v))
         num_pages = -(-num_tokens // self.layout.page_size) + 2
         slots = _slots(rng, self.slots, num_tokens, num_pages * self.layout.page_size).astype(self.slot_dtype)
-        pages = make.poisoned_pool(self.layout, num_pages, self.padded)
+        pages = make.poisoned_pool(self.layout, num_pages, self.pool)
         return AppendInputs(pages, *(make.with_strides(x[:num_tokens], self.strides) for x in (k, v)), slots)
 
     def _rows(self, rng: np.random.Generator, dtype: str, dim: int) -> np.ndarray:
@@ -114,7 +117,7 @@ class AttentionCase:
     shared_pages: int = 0
     spare_columns: int = 2
     strides: str | None = None
-    padded: bool = False
+    pool: str | None = None
     tags: frozenset[str] = field(default=frozenset())
 
     def options(self) -> dict:
@@ -128,7 +131,7 @@ class AttentionCase:
         rng, layout = make.generator(self.name), self.layout
         seq_lens = [seq_len for _, seq_len in self.seqs]
         table, num_pages = make.make_table(rng, layout, seq_lens, self.shared_pages, spare_pages=3)
-        pages = make.poisoned_pool(layout, num_pages, self.padded)
+        pages = make.poisoned_pool(layout, num_pages, self.pool)
         shape, records = (sum(seq_lens), layout.num_kv_heads), make.records_of(layout)
         k = make.random_rows(rng, (*shape, records.head_dim), self.kv_dtype, self.k_exponents)
         v = make.random_rows(rng, (*shape, records.head_dim_v), self.kv_dtype, self.v_exponents)
@@ -208,7 +211,7 @@ class GatherCase:
     kv_dtype: str = "float32"
     foreign: bool = False
     spare_columns: int = 1
-    padded: bool = False
+    pool: str | None = None
     k_scale: float = 1.0
     v_scale: float = 1.0
     tags: frozenset[str] = frozenset()
@@ -217,7 +220,7 @@ class GatherCase:
         rng, layout = make.generator(self.name), self.layout
         records, lengths = make.records_of(layout), list(self.lengths)
         table, num_pages = make.make_table(rng, layout, lengths, shared_pages=0, spare_pages=2)
-        pages = make.poisoned_pool(layout, num_pages, self.padded)
+        pages = make.poisoned_pool(layout, num_pages, self.pool)
         k, v = (
             np.resize(
                 make.edge_tokens(rng, self.kv_dtype, layout.num_kv_heads, dim), (sum(lengths), layout.num_kv_heads, dim)
@@ -247,12 +250,12 @@ class CopyCase:
     num_pairs: int = 4
     foreign: bool = False
     index_dtype: str = "int32"
-    padded: bool = False
+    pool: str | None = None
     tags: frozenset[str] = frozenset()
 
     def inputs(self) -> CopyInputs:
         rng = make.generator(self.name)
-        pages = make.poisoned_pool(self.layout, self.num_pages, self.padded)
+        pages = make.poisoned_pool(self.layout, self.num_pages, self.pool)
         pages[...] = rng.integers(0, 256, pages.shape, np.uint8)
         ids = rng.permutation(self.num_pages)
         src = rng.choice(ids[self.num_pairs :], self.num_pairs).astype(self.index_dtype)

@@ -14,6 +14,7 @@ import itertools
 
 from kvq_core import CacheLayout
 from tests.case_types import AppendCase, AttentionCase, CopyCase, GatherCase
+from tests.parts import MergeCase
 
 MODES = (
     "bfloat16",
@@ -34,6 +35,7 @@ PAIRS = (
 )
 DTYPES = ("bfloat16", "float16", "float32")
 INT8, FP8 = "int8_per_token_head", "fp8_per_token_head"
+MIXED_PAIR = PAIRS[0]
 HEAD_DIMS = (
     (16, 16),
     (48, 64),
@@ -48,17 +50,29 @@ HEAD_DIMS = (
 )
 PAGE_SIZES = (1, 5, 8, 24, 32, 64, 128)
 SCALES = {"k_scale": 0.37, "v_scale": 1.7}  # of per-tensor modes; others ignore them
+ROW_ORDERS = ("HND", "NHD")
+ROW_POOLS = ("shared", "padded", "gaps", "transposed", "head-major")
+ROW_MODES = (INT8, FP8, MIXED_PAIR, "bfloat16/int8_per_token_head", "fp8_e4m3/float32")
+ROW_SHAPES = ((1, 128), (5, 80), (16, 64))  # page sizes, head dims
 CALLBACK, LARGE, SWEEP = frozenset({"callback"}), frozenset({"large"}), frozenset({"sweep"})
 
 
-def layout_of(mode: str = INT8, page: int = 16, heads: int = 2, dim: int = 64, dim_v: int | None = None) -> CacheLayout:
-    return CacheLayout(mode, page_size=page, num_kv_heads=heads, head_dim=dim, head_dim_v=dim_v)
+def layout_of(
+    mode: str = INT8, page: int = 16, heads: int = 2, dim: int = 64, dim_v: int | None = None, rows: str | None = None
+) -> CacheLayout:
+    """``rows``: the order of a row container, or None for records."""
+    placement = {} if rows is None else {"scale_placement": "row", "row_order": rows}
+    return CacheLayout(mode, page_size=page, num_kv_heads=heads, head_dim=dim, head_dim_v=dim_v, **placement)
 
 
 def _thinned(all_cases):
-    """Every third case is tagged a sweep."""
+    """Every third case is tagged a sweep, unless it goes through the callback."""
     for i, case in enumerate(all_cases):
-        yield dataclasses.replace(case, tags=case.tags | SWEEP) if i % 3 == 2 else case
+        yield dataclasses.replace(case, tags=SWEEP) if i % 3 == 2 and not case.tags else case
+
+
+def _callback_if(condition: bool) -> frozenset[str]:
+    return CALLBACK if condition else frozenset()
 
 
 def _append_cases():
@@ -101,7 +115,17 @@ def _append_cases():
             f"strides-{strides}-{mode}-{dtype}", layout_of(mode, dim=80, dim_v=48), dtype, dtype, 37, strides=strides
         )
     for mode in (INT8, FP8, "float16"):
-        yield AppendCase(f"padded-pages-{mode}", layout_of(mode, 8, 3, 16, 32), padded=True)
+        yield AppendCase(f"padded-pages-{mode}", layout_of(mode, 8, 3, 16, 32), pool="shared")
+
+
+def _append_rows():
+    for rows, mode in itertools.product(ROW_ORDERS, ROW_MODES):
+        yield AppendCase(f"rows-{rows}-{mode}", layout_of(mode, 8, 3, 16, 32, rows), tags=CALLBACK, **SCALES)
+    for rows, (page, dim) in itertools.product(ROW_ORDERS, ROW_SHAPES):
+        yield AppendCase(f"rows-{rows}-page-{page}-dims-{dim}", layout_of(FP8, page, 2, dim, rows=rows), num_tokens=21)
+    for pool, mode in itertools.product(ROW_POOLS, (INT8, MIXED_PAIR)):
+        yield AppendCase(f"rows-{pool}-{mode}", layout_of(mode, 8, 3, 16, 32, "HND"), pool=pool)
+    yield AppendCase("rows-NHD-shared", layout_of(INT8, 8, 3, 16, 32, "NHD"), slots="duplicates", pool="shared")
 
 
 def _gather_cases():
@@ -117,16 +141,27 @@ def _gather_cases():
     yield GatherCase("wide-table", layout_of(FP8, 8, 3, 16, 32), spare_columns=20)
     yield GatherCase("no-sequences", layout_of(INT8, 8, 3, 16, 32), lengths=(), tags=CALLBACK)
     yield GatherCase("no-columns", layout_of(INT8, 8, 3, 16, 32), lengths=(0, 0), spare_columns=0)
-    yield GatherCase("padded-pages", layout_of(INT8, 8, 3, 16, 32), padded=True)
+    yield GatherCase("padded-pages", layout_of(INT8, 8, 3, 16, 32), pool="shared")
+    for rows, mode in itertools.product(ROW_ORDERS, ROW_MODES):
+        tags = CALLBACK if mode == INT8 else frozenset()
+        yield GatherCase(f"rows-{rows}-{mode}", layout_of(mode, 8, 3, 16, 32, rows), foreign=True, tags=tags, **SCALES)
+    for rows, (page, dim) in itertools.product(ROW_ORDERS, ROW_SHAPES):
+        yield GatherCase(f"rows-{rows}-page-{page}-dims-{dim}", layout_of(FP8, page, 2, dim, rows=rows))
+    for pool in ROW_POOLS:
+        yield GatherCase(f"rows-{pool}", layout_of(INT8, 8, 3, 16, 32, "HND"), pool=pool)
 
 
 def _copy_cases():
-    for mode, page in ((INT8, 1), (INT8, 24), (FP8, 128), ("float32", 16), ("bfloat16", 5)):
+    for mode, page in (*zip(MODES, (5, 64, 16, 8, 32, 1, 128), strict=True), (INT8, 24)):
         yield CopyCase(f"page-{page}-{mode}", layout_of(mode, page, 3, 80), tags=CALLBACK)
     for index_dtype in ("int32", "int64"):
         yield CopyCase(f"foreign-{index_dtype}", layout_of(INT8, 8), foreign=True, index_dtype=index_dtype)
     yield CopyCase("no-pairs", layout_of(INT8, 8), num_pairs=0)
-    yield CopyCase("padded-pages", layout_of(INT8, 8), padded=True, foreign=True)
+    yield CopyCase("padded-pages", layout_of(INT8, 8), pool="shared", foreign=True)
+    for rows, page in itertools.product(ROW_ORDERS, (1, 5, 16)):
+        yield CopyCase(f"rows-{rows}-page-{page}", layout_of(INT8, page, 3, 80, rows=rows), foreign=page == 5)
+    for pool in ROW_POOLS:
+        yield CopyCase(f"rows-{pool}", layout_of(FP8, 16, 3, 80, rows="HND"), pool=pool, foreign=True)
 
 
 DECODE = ((1, 37), (1, 5), (1, 0), (1, 64), (1, 1))
@@ -144,7 +179,7 @@ def _attention_modes():
     for kind, mode in itertools.product(KINDS, (*MODES, *PAIRS)):
         yield AttentionCase(f"{kind}-{mode}", layout_of(mode), **KINDS[kind], **SCALES, tags=CALLBACK)
     for kind, mode, q_dtype in itertools.product(BOTH, (INT8, FP8, "fp8_e5m2", *DTYPES), ("float16", "float32")):
-        tags = SWEEP if (kind == "decode") == (q_dtype == "float16") else frozenset()
+        tags = SWEEP if (kind == "decode") == (q_dtype == "float16") else _callback_if(mode == INT8)
         yield AttentionCase(
             f"{kind}-{mode}-q-{q_dtype}", layout_of(mode), q_dtype=q_dtype, **KINDS[kind], **SCALES, tags=tags
         )
@@ -153,13 +188,15 @@ def _attention_modes():
 def _attention_shapes():
     for kind, (i, (dim, dim_v)) in itertools.product(BOTH, enumerate(HEAD_DIMS)):
         for mode in (INT8, ("bfloat16", FP8, "fp8_e4m3", "float32")[i % 4]):
-            layout = layout_of(mode, 16, 1, dim, dim_v)
-            yield AttentionCase(f"{kind}-dims-{dim}-{dim_v}-{mode}", layout, **KINDS[kind])
+            layout, tags = layout_of(mode, 16, 1, dim, dim_v), _callback_if(mode == INT8 and i % 3 == 0)
+            yield AttentionCase(f"{kind}-dims-{dim}-{dim_v}-{mode}", layout, **KINDS[kind], tags=tags)
     for kind, (i, page) in itertools.product(BOTH, enumerate(PAGE_SIZES)):
-        yield AttentionCase(f"{kind}-page-{page}", layout_of((INT8, FP8)[i % 2], page, 1), **KINDS[kind])
+        layout, tags = layout_of((INT8, FP8)[i % 2], page, 1), _callback_if(i % 3 == 0)
+        yield AttentionCase(f"{kind}-page-{page}", layout, **KINDS[kind], tags=tags)
     for kind, (heads, group) in itertools.product(KINDS, ((3, 1), (1, 3), (1, 5), (1, 8), (1, 12), (1, 33), (5, 1))):
+        tags = _callback_if(kind == "decode" and group in (1, 33))
         yield AttentionCase(
-            f"{kind}-heads-{heads}-group-{group}", layout_of(INT8, heads=heads), group=group, **KINDS[kind]
+            f"{kind}-heads-{heads}-group-{group}", layout_of(INT8, heads=heads), group=group, **KINDS[kind], tags=tags
         )
     for queries in (2, 16):
         seqs = ((queries, 40), (1, 7))
@@ -185,8 +222,16 @@ OPTIONS = {
 def _attention_options():
     for kind, (name, options) in itertools.product(KINDS, OPTIONS.items()):
         yield AttentionCase(f"{kind}-{name}", layout_of(INT8), **KINDS[kind], **options)
-    for kind, mode in itertools.product(BOTH, (FP8, "fp8_e4m3", "bfloat16", "float32")):
-        yield AttentionCase(f"{kind}-all-{mode}", layout_of(mode), **KINDS[kind], **OPTIONS["all"], **SCALES)
+
+
+def _attention_options_of_modes():
+    """Every option over every mode, many at once."""
+    for mode, name in itertools.product((*MODES, MIXED_PAIR), ("all", "all-but-causal")):
+        for kind in BOTH if name == "all" else ("prefill",):
+            tags = _callback_if((kind == "decode") == (name == "all"))
+            yield AttentionCase(
+                f"{kind}-{name}-of-{mode}", layout_of(mode), **KINDS[kind], **OPTIONS[name], **SCALES, tags=tags
+            )
 
 
 TINY, HUGE, MIXED = (-4, -4), (4, 4), (-4, 4)
@@ -240,8 +285,8 @@ def _attention_calls():
     shared = ((1, 40), (1, 32), (1, 64))
     for kind in KINDS:
         yield AttentionCase(f"{kind}-wide-table", layout_of(INT8), **KINDS[kind], spare_columns=30)
-        yield AttentionCase(f"{kind}-padded-pages", layout_of(INT8), **KINDS[kind], padded=True)
-    yield AttentionCase("decode-shared-pages", layout_of(INT8), shared, shared_pages=2)
+        yield AttentionCase(f"{kind}-padded-pages", layout_of(INT8), **KINDS[kind], pool="shared")
+    yield AttentionCase("decode-shared-pages", layout_of(INT8), shared, shared_pages=2, tags=CALLBACK)
     yield AttentionCase(
         "prefill-shared-pages", layout_of(FP8), ((9, 40), (32, 64), (2, 34)), ragged=True, shared_pages=2
     )
@@ -285,15 +330,55 @@ def _attention_calls():
         )
 
 
-APPEND_CASES = tuple(_append_cases())
+def _merge_cases():
+    for (i, kind), mode in itertools.product(enumerate(KINDS), (INT8, "fp8_e4m3", "bfloat16")):
+        tags = CALLBACK if mode == INT8 else frozenset()
+        whole = AttentionCase(f"merge-{kind}-{mode}", layout_of(mode), **KINDS[kind], **SCALES, tags=tags)
+        yield MergeCase(whole, 2 + i % 2)
+    options = {name: OPTIONS[name] for name in ("not-causal", "softcap", "sinks")}
+    options |= {"v-mixed": AMPLITUDES["v-mixed"], "one-key-wins": AMPLITUDES["one-key-wins"]}
+    options |= {"nan_v": {"damage": ("nan_v",)}, "nan_k": {"damage": ("nan_k",)}, "q-float32": {"q_dtype": "float32"}}
+    for i, (kind, name) in enumerate(itertools.product(BOTH, options)):
+        tags = SWEEP if i % 3 == 2 else frozenset()
+        whole = AttentionCase(f"merge-{kind}-{name}", layout_of(INT8), **KINDS[kind], **options[name], tags=tags)
+        yield MergeCase(whole, 2 + i % 2)
+
+
+def _attention_rows():
+    for kind, rows, mode in itertools.product(KINDS, ROW_ORDERS, ROW_MODES):
+        tags = CALLBACK if mode == INT8 else SWEEP if (kind == "few") != (rows == "HND") else frozenset()
+        yield AttentionCase(
+            f"{kind}-rows-{rows}-{mode}",
+            layout_of(mode, rows=rows),
+            **KINDS[kind],
+            **SCALES,
+            v_exponents=MIXED,
+            tags=tags,
+        )
+    for kind, (i, (page, dim)) in itertools.product(KINDS, enumerate(ROW_SHAPES)):
+        rows, mode = ROW_ORDERS[i % 2], (FP8, INT8)[i % 2]
+        yield AttentionCase(
+            f"{kind}-rows-page-{page}-dims-{dim}", layout_of(mode, page, 1, dim, rows=rows), **KINDS[kind]
+        )
+    for kind, pool in itertools.product(BOTH, ROW_POOLS):
+        yield AttentionCase(f"{kind}-rows-{pool}", layout_of(INT8, rows="HND"), **KINDS[kind], pool=pool)
+    for kind in KINDS:
+        damage = {"damage": ("foreign", "nan_v"), "window": 9}
+        yield AttentionCase(f"{kind}-rows-damaged", layout_of(INT8, page=5, rows="NHD"), **KINDS[kind], **damage)
+
+
+APPEND_CASES = (*_append_cases(), *_append_rows())
 GATHER_CASES = tuple(_gather_cases())
 COPY_CASES = tuple(_copy_cases())
 ATTENTION_CASES = (
     *_attention_modes(),
     *_thinned(_attention_shapes()),
     *_thinned(_attention_options()),
+    *_attention_options_of_modes(),
     *_thinned(_attention_amplitudes()),
     *_attention_precise_queries(),
     *_attention_traps(),
     *_attention_calls(),
+    *_attention_rows(),
 )
+MERGE_CASES = tuple(_merge_cases())

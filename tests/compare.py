@@ -92,10 +92,13 @@ def _bytes(x: np.ndarray) -> np.ndarray:
 
 
 def _place(byte: int, x: np.ndarray, layout: CacheLayout | None) -> str:
-    """Where a byte of ``x`` lies: page, head, field, row and column of pages; else an index."""
-    if layout is None or x.ndim < 3:
+    """Where a byte of ``x`` lies: page, head, field, row and column of records or rows; else an index."""
+    if layout is None or x.shape[-1] != layout.shape(0)[-1]:
         return f"{tuple(map(int, np.unravel_index(byte // x.itemsize, x.shape)))}, byte {byte % x.itemsize}"
     *outer, head, offset = map(int, np.unravel_index(byte, x.shape))
+    if layout.has_rows:
+        name, field = max(layout.fields.items(), key=lambda item: (item[1].offset <= offset, item[1].offset))
+        return f"row {(*outer, head)}, field {name}, column {(offset - field.offset) // field.dtype.itemsize}"
     where = f"page {outer[0]}, head {head}, " + (f"pool {outer[1]}, " if len(outer) > 1 else "")
     for name, field in layout.fields.items():
         row, column = divmod(offset - field.offset, field.row_bytes)

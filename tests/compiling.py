@@ -22,8 +22,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 
 from kvq_core import CacheLayout, MLALayout, kernels
-from kvq_core.plan import DeviceFacts
+from kvq_core.plan import DeviceFacts, LibraryPlan, plan_library_attention
 from kvq_torch import _triton
+from kvq_torch._interop import array_spec
 
 KIB = 1024
 
@@ -169,8 +170,9 @@ def layout(mode: str, head_dim: int = 128, **kwargs: Any) -> CacheLayout:
     return CacheLayout(mode, **{"page_size": 16, "num_kv_heads": 8, "head_dim": head_dim} | kwargs)
 
 
-def _pages(cache: CacheLayout | MLALayout, num_pages: int) -> torch.Tensor:
-    return torch.empty(cache.shape(num_pages), dtype=torch.uint8)
+def _pages(cache: CacheLayout | MLALayout, num_pages: int, strides: tuple[int, ...] | None = None) -> torch.Tensor:
+    dense = torch.empty(cache.shape(num_pages), dtype=torch.uint8)
+    return dense if strides is None else torch.empty_strided(dense.shape, strides, dtype=torch.uint8)
 
 
 def _indices(*shape: int) -> torch.Tensor:
@@ -181,28 +183,39 @@ SCALE = torch.ones(())
 
 
 def append(
-    cache: CacheLayout, num_tokens: int = 300, dtype: torch.dtype = torch.bfloat16, num_pages: int = 64
+    cache: CacheLayout,
+    num_tokens: int = 300,
+    dtype: torch.dtype = torch.bfloat16,
+    num_pages: int = 64,
+    strides: tuple[int, ...] | None = None,
 ) -> Callable[[], Any]:
-    """A launch of append_kv, and of claim_slots from 257 tokens on."""
+    """A launch of append_kv, and of claim_slots from 257 tokens on; ``strides`` of the pages, here and below."""
     k = torch.empty((num_tokens, cache.num_kv_heads, cache.head_dim), dtype=dtype)
     v = torch.empty((num_tokens, cache.num_kv_heads, cache.head_dim_v), dtype=dtype)
-    pages = _pages(cache, num_pages)
+    pages = _pages(cache, num_pages, strides)
     return lambda: _triton.append_kv_(cache, pages, SCALE, SCALE, k, v, _indices(num_tokens))
 
 
 def gather(
-    cache: CacheLayout, num_seqs: int = 3, max_pages: int = 7, dtype: torch.dtype = torch.float32, num_pages: int = 64
+    cache: CacheLayout,
+    num_seqs: int = 3,
+    max_pages: int = 7,
+    dtype: torch.dtype = torch.float32,
+    num_pages: int = 64,
+    strides: tuple[int, ...] | None = None,
 ) -> Callable[[], Any]:
     """A launch of gather_kv."""
-    pages = _pages(cache, num_pages)
+    pages = _pages(cache, num_pages, strides)
     return lambda: _triton.gather_kv(
         cache, pages, SCALE, SCALE, _indices(num_seqs, max_pages), _indices(num_seqs), dtype
     )
 
 
-def copy(cache: CacheLayout, num_pairs: int = 3, num_pages: int = 64) -> Callable[[], Any]:
+def copy(
+    cache: CacheLayout, num_pairs: int = 3, num_pages: int = 64, strides: tuple[int, ...] | None = None
+) -> Callable[[], Any]:
     """A launch of copy_pages."""
-    pages = _pages(cache, num_pages)
+    pages = _pages(cache, num_pages, strides)
     return lambda: _triton.copy_pages_(pages, _indices(num_pairs), _indices(num_pairs))
 
 
@@ -215,12 +228,13 @@ def attention(
     num_q_heads: int = 32,
     dtype: torch.dtype = torch.bfloat16,
     num_pages: int = 64,
+    strides: tuple[int, ...] | None = None,
     **options: Any,
 ) -> Callable[[], Any]:
     """A launch of paged_attention: decode (``queries`` None), or ``queries`` a sequence through ``cu_seqlens_q``."""
     num_tokens = num_seqs * (queries or 1)
     q = torch.empty((num_tokens, num_q_heads, cache.head_dim), dtype=dtype)
-    pages = _pages(cache, num_pages)
+    pages = _pages(cache, num_pages, strides)
     arguments = {
         "cu_seqlens_q": None if queries is None else _indices(num_seqs + 1),
         "max_seqlen_q": queries,
@@ -263,3 +277,33 @@ def mla_attention(
     }
     table = _indices(num_seqs, max_pages)
     return lambda: _triton.mla_attention(cache, q, pages, SCALE, table, _indices(num_seqs), **arguments)
+
+
+def library_prefill(
+    cache: CacheLayout, num_seqs: int = 2, max_pages: int = 64, *, queries: int = 100, prefix: int = 0
+) -> Callable[[], Any]:
+    """The launches around a library's attention: gather_kv into bfloat16, and finish_queries."""
+    q = torch.empty((num_seqs * queries, 4 * cache.num_kv_heads, cache.head_dim), dtype=torch.bfloat16)
+    pages, table, lengths = _pages(cache, 64), _indices(num_seqs, max_pages), _indices(num_seqs)
+    starts, lse = _indices(num_seqs + 1), torch.empty(num_seqs, q.shape[1], queries)
+
+    def run() -> None:
+        plan = plan_library_attention(
+            cache,
+            *map(array_spec, (q, pages, table, lengths)),
+            cu_seqlens_q=array_spec(starts),
+            max_seqlen_q=queries,
+            max_seqlen_k=queries + prefix,
+            sm_scale=None,
+            causal=True,
+            window=None,
+            softcap=None,
+            sinks=None,
+            alibi_slopes=None,
+            device=_triton.device_facts(q.device),
+        )
+        assert isinstance(plan, LibraryPlan), plan
+        _triton.launch(plan.gather, pages, SCALE, SCALE, table, lengths)
+        _triton.launch(plan.finish, q, pages, SCALE, SCALE, SCALE, SCALE, table, lengths, starts, q, lse, q, lse)
+
+    return run

@@ -115,12 +115,26 @@ def with_strides(x: np.ndarray, kind: str | None) -> np.ndarray:
     return view
 
 
-def poisoned_pool(layout: CacheLayout | MLALayout, num_pages: int, padded: bool = False) -> np.ndarray:
-    """Pages of 0xFF; ``padded`` as every other page of a pool twice as large."""
-    if not padded:
-        return np.full(layout.shape(num_pages), POISON, np.uint8)
-    _, heads, record_bytes = layout.shape(num_pages)
-    return np.full((num_pages, 2, heads, record_bytes), POISON, np.uint8)[:, 1]
+def poisoned_pool(layout: CacheLayout | MLALayout, num_pages: int, kind: str | None = None) -> np.ndarray:
+    """Pages of 0xFF, dense or as a view into a larger or otherwise ordered array.
+
+    "shared": every other page of a pool twice as large. Of row containers only: "padded" has 36 bytes before each page,
+    "gaps" 8 bytes behind each row, "transposed" slots and heads in the other order, "head-major" every page of a head
+    before the next head.
+    """
+    shape = layout.shape(num_pages)
+    if kind is None:
+        return np.full(shape, POISON, np.uint8)
+    if kind == "shared":
+        return np.full((num_pages, 2, *shape[1:]), POISON, np.uint8)[:, 1]
+    if kind == "gaps":
+        return np.full((*shape[:-1], shape[-1] + 8), POISON, np.uint8)[..., : shape[-1]]
+    if kind == "padded":
+        buffer = np.full((num_pages, 36 + layout.page_bytes), POISON, np.uint8)
+        strides = (buffer.shape[1], *np.empty(shape, np.uint8).strides[1:])
+        return np.ndarray(shape, np.uint8, buffer, 36, strides)
+    order = {"transposed": (0, 2, 1, 3), "head-major": (1, 0, 2, 3)}[kind]
+    return np.full([shape[axis] for axis in order], POISON, np.uint8).transpose(order)
 
 
 def root(x: np.ndarray) -> np.ndarray:

@@ -29,7 +29,7 @@ def _append_cases():
         yield AppendCase(f"mla-slots-{slots}", layout_of(FP8), num_tokens=40, slots=slots, slot_dtype="int64")
     for strides in ("fused", "odd"):
         yield AppendCase(f"mla-strides-{strides}", layout_of(), num_tokens=37, strides=strides)
-    yield AppendCase("mla-padded-pages", layout_of(page=5), padded=True)
+    yield AppendCase("mla-padded-pages", layout_of(page=5), pool="shared")
 
 
 def _gather_cases():
@@ -103,7 +103,7 @@ def _traps():
 def _calls():
     for kind in KINDS:
         yield attention(f"{kind}-wide-table", layout_of(), spare_columns=30, **KINDS[kind])
-        yield attention(f"{kind}-padded-pages", layout_of(FP8), padded=True, **KINDS[kind])
+        yield attention(f"{kind}-padded-pages", layout_of(FP8), pool="shared", **KINDS[kind])
         yield attention(f"{kind}-strides-fused", layout_of(), strides="fused", **KINDS[kind])
         yield attention(f"{kind}-strides-odd", layout_of(), 64, strides="odd", **KINDS[kind])
     yield attention("shared-pages", layout_of(), seqs=((1, 40), (1, 32), (1, 64)), shared_pages=2)

@@ -16,7 +16,7 @@ def naive_attention(case: AttentionCase, inputs: AttentionInputs) -> tuple[np.nd
     Right for the queries that see no NaN and no key outside the pool; others may get anything.
     """
     q, dtype = inputs.q, inputs.q.dtype
-    num_kv_heads = inputs.pages.shape[1]
+    num_kv_heads = inputs.pages.shape[case.layout.head_axis]
     group = q.shape[1] // num_kv_heads
     out = np.zeros((*q.shape[:2], case.layout.head_dim_v), dtype)
     lse = np.full(q.shape[:2], -np.inf, np.float32)
@@ -35,6 +35,19 @@ def naive_attention(case: AttentionCase, inputs: AttentionInputs) -> tuple[np.nd
         out[rows], lse[rows] = _attend(case, inputs, q[rows], k[seq, :num_keys], v[seq, :num_keys], positions)
         start = end
     return out, lse
+
+
+@np.errstate(all="ignore")
+def naive_merge(outs: list[np.ndarray], lses: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """`kvq_core.reference.merge_states` in float32, right where no part is NaN or infinite."""
+    stacked = np.stack(lses)
+    unseen, peak = stacked == -np.inf, stacked.max(0)
+    weights = np.where(unseen, np.float32(0), np.exp(stacked - peak))
+    total = weights.sum(0)
+    values = np.where(unseen[..., None], np.float32(0), np.stack(outs).astype(np.float32))
+    values = (weights[..., None] * values).sum(0)
+    values = np.where(total[..., None] == 0, np.float32(0), values / total[..., None])
+    return values.astype(outs[0].dtype), peak + np.log(total)
 
 
 def _attend(case: AttentionCase, inputs: AttentionInputs, q, k, v, positions):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 
 import pytest
@@ -32,6 +34,11 @@ APPEND = {
 }
 GATHER = {"pages": PAGES, "page_table": dense("int32", 3, 4), "seq_lens": dense("int32", 3), "dtype": "bfloat16"}
 COPY = {"pages": PAGES, "src": dense("int32", 2), "dst": dense("int64", 2)}
+ROWS = CacheLayout(
+    "int8_per_token_head", page_size=16, num_kv_heads=8, head_dim=64, head_dim_v=32, scale_placement="row"
+)
+SLOTS_FIRST = dataclasses.replace(ROWS, row_order="NHD", compute_dtype=None)
+ROW = ROWS.row_bytes  # 104
 ATTENTION = {
     "q": dense("bfloat16", 7, 24, 64),
     "pages": PAGES,
@@ -50,6 +57,14 @@ ATTENTION = {
 
 def append(**changes):
     check_append_kv(LAYOUT, **(APPEND | changes))
+
+
+def append_rows(layout=ROWS, **changes):
+    check_append_kv(layout, **(APPEND | {"pages": dense("uint8", *layout.shape(10))} | changes))
+
+
+def row_pages(*strides):
+    return ArraySpec("uint8", (10, 8, 16, ROW), strides)
 
 
 def gather(**changes):
@@ -88,7 +103,16 @@ LOCAL_PAGES = dense("uint8", 10, 2, RECORD)
         (gather, {"page_table": dense("int32", 0, 4), "seq_lens": dense("int32", 0)}),
         (gather, {"page_table": dense("int32", 3, 0)}),
         (gather, {"page_table": ArraySpec("int32", (1, 4), (99, 1)), "seq_lens": dense("int32", 1)}),
+        (append_rows, {}),
+        (functools.partial(append_rows, SLOTS_FIRST), {}),
+        (append_rows, {"pages": row_pages(16 * 8 * ROW, ROW, 8 * ROW, 1)}),  # slots before heads
+        (append_rows, {"pages": row_pages(16 * 8 * ROW + 4, 16 * ROW, ROW, 1)}),  # padded pages
+        (append_rows, {"pages": row_pages(16 * ROW, 160 * ROW, ROW, 1)}),  # heads before pages
+        (append_rows, {"pages": row_pages(8 * ROW, ROW, 80 * ROW, 1)}),  # slots before pages
+        (append_rows, {"pages": ArraySpec("uint8", (1, 8, 16, ROW), (0, 16 * ROW, ROW, 1))}),
+        (append_rows, {"pages": ArraySpec("uint8", (0, 8, 16, ROW), (0, 0, 0, 0))}),
         (copy, {}),
+        (copy, {"pages": dense("uint8", 10, 8, 16, ROW)}),
         (copy, {"src": dense("int64", 0), "dst": dense("int64", 0)}),
         (attend, {}),
         (attend, {"q": dense("float32", 3, 8, 64), "cu_seqlens_q": None}),
@@ -105,7 +129,7 @@ def test_well_formed_call_passes(check, changes):
 @pytest.mark.parametrize(
     ("check", "changes", "expected", "got"),
     [
-        (append, {"pages": dense("int8", 10, 8, RECORD)}, "pages of dtype uint8", "int8"),
+        (append, {"pages": dense("int8", 10, 8, RECORD)}, "pages of dtype uint8", "int8. View its bytes as uint8"),
         (append, {"k": dense("float64", 5, 8, 64)}, "k of dtype bfloat16 or float16 or float32", "float64"),
         (append, {"v": dense("int8", 5, 8, 32)}, "v of dtype bfloat16", "int8"),
         (append, {"slot_mapping": dense("uint32", 5)}, "slot_mapping of dtype int32 or int64", "uint32"),
@@ -150,6 +174,21 @@ def test_wrong_type_is_a_type_error(check, changes, expected, got):
         (gather, {"seq_lens": dense("int32", 4)}, "seq_lens of shape [num_seqs=3]", "[4]"),
         (copy, {"dst": dense("int32", 3)}, "dst of shape [num_pairs=2]", "[3]"),
         (copy, {"src": dense("int32", 2, 1)}, "src of shape [num_pairs]", "[2, 1]"),
+        (
+            append_rows,
+            {"pages": dense("uint8", 10, 16, 8, ROW)},
+            f"[num_pages, num_kv_heads, page_size=16, row_bytes={ROW}]",
+            f"[10, 16, 8, {ROW}]",
+        ),
+        (append_rows, {"pages": PAGES}, f"row_bytes={ROW}]", f"[10, 8, {RECORD}]"),
+        (append_rows, {"pages": dense("uint8", 10, 3, 16, ROW)}, "num_kv_heads=8 of the layout", "3"),
+        (
+            functools.partial(append_rows, SLOTS_FIRST),
+            {"pages": dense("uint8", 10, 8, 16, ROW)},
+            f"[num_pages, page_size=16, num_kv_heads, row_bytes={ROW}]",
+            f"[10, 8, 16, {ROW}]",
+        ),
+        (copy, {"pages": dense("uint8", 10, 8, 16, 102)}, "row_bytes to be a multiple of 4", "102"),
         (copy, {"pages": dense("uint8", 10, 8, 100)}, "record_bytes to be a multiple of 16", "100"),
         (copy, {"pages": dense("uint8", 10, 8, 0)}, "record_bytes to be a multiple of 16", "0"),
         (attend, {"q": dense("float32", 7, 24, 128)}, "[num_q_tokens, num_q_heads, head_dim=64]", "[7, 24, 128]"),
@@ -190,6 +229,26 @@ def test_wrong_shape_or_number_is_a_value_error(check, changes, expected, got):
             "a multiple of 16",
             f"{8 * RECORD + 8}",
         ),
+        (
+            append_rows,
+            {"pages": row_pages(32 * 8 * ROW, 32 * ROW, 2 * ROW, 2)},
+            "contiguous rows, last stride 1",
+            "",
+        ),
+        (
+            append_rows,
+            {"pages": row_pages(16 * 8 * ROW + 2, 16 * ROW, ROW, 1)},
+            "multiples of 4",
+            f"({16 * 8 * ROW + 2}",
+        ),
+        (append_rows, {"pages": row_pages(0, 16 * ROW, ROW, 1)}, f"not overlap, strides of at least {ROW}", "0"),
+        (append_rows, {"pages": row_pages(16 * 8 * ROW, 16 * ROW, ROW - 4, 1)}, f"at least {ROW} bytes", f"{ROW - 4}"),
+        (
+            append_rows,
+            {"pages": row_pages(16 * 8 * ROW - 8, 16 * ROW, ROW, 1)},
+            f"at least {16 * 8 * ROW} bytes",
+            f"{16 * 8 * ROW - 8}",
+        ),
         (append, {"k": ArraySpec("float32", (5, 8, 64), (1024, 128, 2))}, "k with a contiguous last axis", ""),
         (append, {"v": ArraySpec("float32", (5, 8, 32), (1, 5, 40))}, "v with a contiguous last axis", "(1, 5, 40)"),
         (append, {"slot_mapping": ArraySpec("int32", (5,), (2,))}, "slot_mapping to be contiguous", "(2,)"),
@@ -204,7 +263,8 @@ def test_wrong_stride_is_a_value_error_with_a_way_out(check, changes, expected, 
     with pytest.raises(ValueError) as error:
         check(**changes)
     assert_message(error, expected, got)
-    assert any(way_out in str(error.value) for way_out in (".contiguous()", "Slice a pool", "page stride"))
+    ways_out = (".contiguous()", "Slice a pool", "page stride", "View a container", "Copy a view")
+    assert any(way_out in str(error.value) for way_out in ways_out)
 
 
 def assert_message(error, expected, got):

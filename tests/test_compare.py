@@ -39,6 +39,15 @@ def test_a_wrong_byte_fails_and_is_named(name, place):
         assert_same_bytes(got, want, LAYOUT)
 
 
+def test_a_wrong_byte_of_a_row_container_is_named():
+    layout = CacheLayout("int8_per_token_head", page_size=4, num_kv_heads=2, head_dim=16, scale_placement="row")
+    want = np.zeros(layout.shape(3), np.uint8)
+    got = want.copy()
+    reference.record_field(layout, got, "v_codes").view(np.uint8)[1, 0, 2, 7] = 5
+    with pytest.raises(AssertionError, match=r"at row \(1, 0, 2\), field v_codes, column 7: .*0x00.*0x05"):
+        assert_same_bytes(got, want, layout)
+
+
 @pytest.mark.parametrize("wrong", [np.zeros(3, np.uint8), np.zeros((1, 2), np.uint8), np.zeros(2, np.int8)])
 def test_another_shape_or_dtype_fails(wrong):
     with pytest.raises(AssertionError, match="expected uint8"):

@@ -14,7 +14,18 @@ from tests.compiling import TARGETS, KernelCall, Target, compiled, layout, recor
 
 MODES = [mode.value for mode in KVQuantMode]
 MIXED = "int8_per_token_head/fp8_e4m3"
-KERNELS = ["append_kv", "claim_slots", "gather_kv", "copy_pages", "attend_segments", "merge_segments", "attend_queries"]
+KERNELS = [
+    "append_kv",
+    "claim_slots",
+    "gather_kv",
+    "copy_pages",
+    "attend_segments",
+    "merge_segments",
+    "attend_queries",
+    "finish_queries",
+]
+MIXED_SCALES = "int8_per_token_head/fp8_per_token_head"
+ROWS = {"scale_placement": "row", "row_order": "NHD"}
 SM_90 = TARGETS["sm_90"]
 
 
@@ -23,11 +34,12 @@ def q_dtype(mode: str) -> torch.dtype:
     return getattr(torch, mode) if mode in ("float16", "float32") else torch.bfloat16
 
 
-def calls_of(target: Target, mode: str, head_dim: int) -> dict[str, KernelCall]:
+def calls_of(target: Target, mode: str, head_dim: int, **placement: str) -> dict[str, KernelCall]:
     """One launch of every kernel, by its name."""
-    cache = layout(mode, head_dim)
+    cache = layout(mode, head_dim, **placement)
     launches = [
         compiling.append(cache),
+        compiling.library_prefill(cache, prefix=28),
         compiling.gather(cache),
         compiling.copy(cache),
         compiling.attention(cache, dtype=q_dtype(mode)),
@@ -36,8 +48,8 @@ def calls_of(target: Target, mode: str, head_dim: int) -> dict[str, KernelCall]:
     return {call.kernel: call for launch in launches for call in record(target, launch)}
 
 
-def ptx_of(kernel: str, mode: str, head_dim: int = 128) -> str:
-    return compiled(calls_of(SM_90, mode, head_dim)[kernel], SM_90.gpu).asm["ptx"]
+def ptx_of(kernel: str, mode: str, head_dim: int = 128, **placement: str) -> str:
+    return compiled(calls_of(SM_90, mode, head_dim, **placement)[kernel], SM_90.gpu).asm["ptx"]
 
 
 def instructions(ptx: str) -> list[str]:
@@ -63,6 +75,27 @@ def test_every_kernel_compiles_for_every_gpu(name, mode):
         kernel = compiled(call, target.gpu)
         assert kernel.asm["hsaco" if target.gpu.backend == "hip" else "cubin"]
         assert kernel.metadata.shared <= target.shared_bytes
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_kernel_compiles_for_every_gpu_over_row_containers(name):
+    target = TARGETS[name]
+    calls = calls_of(target, MIXED_SCALES, 80, **ROWS)
+    assert sorted(calls) == sorted(KERNELS)
+    for call in calls.values():
+        kernel = compiled(call, target.gpu)
+        assert kernel.asm["hsaco" if target.gpu.backend == "hip" else "cubin"]
+        assert kernel.metadata.shared <= target.shared_bytes
+
+
+def test_rows_of_a_container_move_in_as_many_bytes_as_they_are_aligned_to():
+    """A row is 264 bytes: K lies at a multiple of 8, V of 4. Wider accesses would fault, narrower ones crawl."""
+    ptx = {kernel: ptx_of(kernel, "int8_per_token_head", **ROWS) for kernel in KERNELS}
+    for kernel in ("attend_segments", "attend_queries"):
+        assert set(re.findall(r"cp\.async\.c[ag]\.\S+ \[[^]]*\], \[[^]]*\], (\S+),", ptx[kernel])) == {"0x4", "0x8"}
+    for kernel, access in (("append_kv", "st.global"), ("gather_kv", "ld.global")):
+        opcodes = {opcode for opcode in instructions(ptx[kernel]) if opcode.startswith(access)}
+        assert opcodes == {f"{access}.v2.b32", f"{access}.b32"}
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -73,9 +73,31 @@ def test_mla_attention_is_one_program_for_all_batches_and_tables(queries, expect
     assert kernels_of(launches) == expected
 
 
+def test_row_containers_are_one_program_for_all_sizes():
+    rows = compiling.layout("int8_per_token_head", 64, scale_placement="row", row_order="NHD")
+    launches = [compiling.append(rows, n, num_pages=p) for n, p in itertools.product(COUNTS, (1, 2, 64))]
+    launches += [compiling.copy(rows, n, num_pages=p) for n, p in itertools.product(COUNTS, (1, 2, 64))]
+    launches += [compiling.attention(rows, b, num_pages=p) for b, p in itertools.product(BATCHES, (1, 2, 64))]
+    assert kernels_of(launches) == ["append_kv", "attend_segments", "claim_slots", "copy_pages", "merge_segments"]
+
+
 def test_prefill_is_one_program_for_all_prompt_lengths():
     lengths = [n for n in COUNTS if n > 16]  # four heads a group: up to 16 queries of a sequence split the keys
     assert kernels_of(compiling.attention(LAYOUT, 2, queries=n) for n in lengths) == ["attend_queries"]
+
+
+def test_prefill_through_a_library_is_one_program_for_all_prompt_lengths():
+    lengths = [n for n in COUNTS if n <= 1024]
+    assert kernels_of(compiling.library_prefill(LAYOUT, queries=n) for n in lengths) == ["finish_queries", "gather_kv"]
+
+
+def test_scales_are_arrays_and_no_part_of_a_program(monkeypatch):
+    layout = compiling.layout("fp8_e4m3/fp8_e5m2", 64)
+    launches = [compiling.append(layout), compiling.gather(layout), compiling.attention(layout)]
+    launches += [compiling.attention(layout, queries=40)]
+    expected = programs(launches)
+    monkeypatch.setattr(compiling, "SCALE", torch.full((), 0.013))
+    assert programs(launches) == expected
 
 
 def test_a_program_is_told_apart_by_what_it_is_compiled_for():
@@ -100,6 +122,7 @@ def _every_op(num_tokens: int, num_seqs: int, max_pages: int, num_pages: int) ->
     paged_attention(q, cache, page_table, seq_lens)
     cu_seqlens_q = torch.arange(num_seqs + 1, dtype=torch.int32, device="cuda")
     paged_attention(q, cache, page_table, seq_lens, cu_seqlens_q=cu_seqlens_q)
+    paged_attention(q, cache, page_table, seq_lens, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=1, impl="sdpa")
     mla_cache = KVCache(compiling.mla_layout("int8_per_token_head", 80), num_pages, device="cuda")
     q = torch.zeros((num_seqs, 16, mla_cache.layout.head_dim), dtype=torch.bfloat16, device="cuda")
     mla_attention(q, mla_cache, page_table, seq_lens, sm_scale=0.1)
@@ -112,7 +135,10 @@ def test_triton_compiles_nothing_for_new_counts():
         getattr(kernels, kernel).device_caches.clear()
     _every_op(num_tokens=300, num_seqs=3, max_pages=5, num_pages=9)
     expected = _compiled_kernels()
-    assert expected == dict.fromkeys(KERNELS, 1) | {"merge_segments": 2}  # of KV heads, and of latents
+    assert expected == dict.fromkeys(KERNELS, 1) | {
+        "gather_kv": 2,
+        "merge_segments": 2,
+    }  # for a library, and of latents
     for sizes in ((1, 1, 1, 1), (16, 16, 16, 16), (257, 129, 64, 65), (5000, 300, 7, 400)):
         _every_op(*sizes)
         assert _compiled_kernels() == expected, sizes

@@ -7,6 +7,7 @@ import functools
 import numpy as np
 import pytest
 
+from kvq_core import reference
 from tests import backends, cases, mla_cases
 from tests import inputs as make
 from tests.compare import Attention, assert_no_worse_than_naive, assert_same_bytes, with_one_nan
@@ -24,21 +25,13 @@ def on_backends(all_cases):
         pytest.param(backend, case, id=f"{backend.name}-{case.name}", marks=backends.marks_of(backend))
         for backend in backends.ALL
         for case in all_cases
-        if _takes_on(backend, case)
+        if backends.takes_on(backend, case)
     ]
     return pytest.mark.parametrize(("backend", "case"), params)
 
 
-def _takes_on(backend, case) -> bool:
-    """See `tests.cases` for the tags."""
-    if backend in backends.INTERPRETED:
-        one_of_each = backend.name == "torch-interpreter" or "callback" in case.tags
-        return one_of_each and not case.tags & {"large", "sweep"}
-    return backend.name != "jax-xla" or "sweep" not in case.tags
-
-
 def _skip_if_strided(backend, case) -> None:
-    if (getattr(case, "strides", None) or getattr(case, "padded", False)) and not backend.takes_strides:
+    if backends.lacks_strides(backend, case):
         pytest.skip("JAX arrays are dense: without strides this is a case of its own")
 
 
@@ -78,10 +71,8 @@ def _slots_of_winners(case, inputs, scales, got):
 def _same_slot(layout, got, want, slot) -> bool:
     page, row = divmod(slot, layout.page_size)
     return all(
-        np.array_equal(
-            *(x[page, :, f.offset + row * f.row_bytes : f.offset + (row + 1) * f.row_bytes] for x in (got, want))
-        )
-        for f in layout.fields.values()
+        np.array_equal(*(reference.record_field(layout, x, name)[page, :, row].view(np.uint8) for x in (got, want)))
+        for name in layout.fields
     )
 
 
@@ -112,6 +103,13 @@ def test_attention_is_no_worse_than_naive(backend, case):
     _skip_if_strided(backend, case)
     got = backend.attention(case.layout, case.inputs(), case.options())
     assert_no_worse_than_naive(got, *_expected(case))
+
+
+@on_backends(cases.MERGE_CASES)
+def test_attention_in_parts_merges_into_that_of_the_whole(backend, case):
+    parts = [backend.attention(case.layout, *part) for part in case.parts()]
+    got = backend.merge_states([part.out for part in parts], [part.lse for part in parts])
+    assert_no_worse_than_naive(got, *_expected(case.whole))
 
 
 @pytest.mark.gpu

@@ -100,7 +100,7 @@ def test_ops_on_cuda_tensors_pass_opcheck(name):
     cache, inputs = filled_cache(), step_inputs(1, SEQ_LENS[0], seed=1)
     scales = cache.k_scale, cache.v_scale
     table = inputs["page_table"], inputs["seq_lens"]
-    static = (None, None, None, True, None, None, None, None, cache.fingerprint, "triton")
+    static = (None, None, None, None, True, None, None, None, None, cache.fingerprint, "triton")
     op, arguments = {
         "append": (
             _library.append_kv_op,

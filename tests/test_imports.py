@@ -17,7 +17,9 @@ LAYERS = (
     ("kvq_core.modes", "kvq_core.codec"),
     ("kvq_core.layout",),
     ("kvq_core.mla",),
-    ("kvq_core.specs", "kvq_core.arguments", "kvq_core.mla_arguments", "kvq_core.plan"),
+    ("kvq_core.model_defaults", "kvq_core.model_config", "kvq_core.policy", "kvq_core.planner"),
+    ("kvq_core.advice", "kvq_core.__main__"),
+    ("kvq_core.specs", "kvq_core.arguments", "kvq_core.mla_arguments", "kvq_core.scales", "kvq_core.plan"),
     ("kvq_core.kernels",),
     ("kvq_torch", "kvq_jax"),
     ("kvq_torch.nn", "kvq_torch.transformers", "kvq_jax.flax"),
@@ -25,8 +27,18 @@ LAYERS = (
 # Beside the layers. The numpy reference is for users and tests: whatever is optimised must not lean on it.
 REFERENCE = "kvq_core.reference"
 BESIDE = {
-    "kvq_core": (*LAYERS[0], *LAYERS[1], *LAYERS[2], REFERENCE, "kvq_core.checks"),
+    "kvq_core": (
+        *LAYERS[0],
+        *LAYERS[1],
+        *LAYERS[2],
+        *LAYERS[3],
+        REFERENCE,
+        "kvq_core.checks",
+        "kvq_core.checkpoint",
+        "kvq_core.scales",
+    ),
     "kvq_core.checks": (),
+    "kvq_core.checkpoint": (),
     REFERENCE: (*LAYERS[0], *LAYERS[1], *LAYERS[2], "kvq_core.arguments", "kvq_core.mla_arguments"),
 }
 

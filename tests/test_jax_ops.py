@@ -179,15 +179,16 @@ def test_cache_owns_its_scales():
     assert float(scale) == 0.5
 
 
-def test_shard_map_over_kv_heads_gives_the_bytes_and_outputs_of_one_device():
+@pytest.mark.parametrize(("placement", "order"), [("tail", ""), ("row", "-NHD")])
+def test_shard_map_over_kv_heads_gives_the_bytes_and_outputs_of_one_device(placement, order):
     run_python(
         """
-        import functools, jax, jax.numpy as jnp, numpy as np
+        import os, jax, jax.numpy as jnp, numpy as np
         from jax.sharding import NamedSharding, PartitionSpec as P
         from kvq_core import CacheLayout
         from kvq_jax import KVCache, append_kv, gather_kv, paged_attention
 
-        layout = CacheLayout("int8_per_token_head/fp8", page_size=4, num_kv_heads=4, head_dim=16)
+        layout = CacheLayout.from_fingerprint(os.environ["FINGERPRINT"])
         mesh = jax.make_mesh((2,), ("tp",), axis_types=(jax.sharding.AxisType.Auto,))
         rng = np.random.default_rng(0)
         k, v = (jnp.asarray(rng.standard_normal((3, 4, 16)), jnp.float32) for _ in range(2))
@@ -202,10 +203,11 @@ def test_shard_map_over_kv_heads_gives_the_bytes_and_outputs_of_one_device():
             return cache, outs, gather_kv(cache, table, lens)[0]
 
         expected = jax.jit(steps)(KVCache.create(layout, 3), q, k, v)
-        cache = KVCache.create(layout, 3, sharding=NamedSharding(mesh, P(None, "tp")))
+        pool = P(*("tp" if axis == layout.head_axis else None for axis in range(len(layout.axes))))
+        cache = KVCache.create(layout, 3, sharding=NamedSharding(mesh, pool))
         assert len(cache.pages.sharding.device_set) == 2
         heads = P(None, "tp")
-        specs = KVCache(heads, P(), P(), layout)
+        specs = KVCache(pool, P(), P(), layout)
         for check_vma in (True, False):
             sharded = jax.shard_map(
                 steps, mesh=mesh, in_specs=(specs, heads, heads, heads), check_vma=check_vma,
@@ -216,6 +218,7 @@ def test_shard_map_over_kv_heads_gives_the_bytes_and_outputs_of_one_device():
             np.testing.assert_allclose(np.asarray(got[1]), np.asarray(expected[1]), rtol=1e-6, atol=1e-6)
             np.testing.assert_array_equal(np.asarray(got[2]), np.asarray(expected[2]))
         """,
+        FINGERPRINT=f"kvq1-{placement}-k:int8_per_token_head-v:fp8_e4m3-p4-h4-dk16-dv16{order}",
         XLA_FLAGS="--xla_force_host_platform_device_count=2",
         JAX_PLATFORMS="cpu",
     )
@@ -306,10 +309,9 @@ def test_triton_compiles_outside_jax_after_kvq_jax_launched(before):
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
         from kvq_core import kernels
-        words = {"PAGE_WORDS": 16, "PAGE_STRIDE_WORDS": 16, "CHUNK": 16}
-        pointers = {"src_ptr": "*i32", "dst_ptr": "*i32", "pages_ptr": "*u8", "pages_out_ptr": "*u8"}
-        signature = pointers | {"num_pairs": "i32", "num_pages": "i32"} | dict.fromkeys(words, "constexpr")
-        source = ASTSource(kernels.copy_pages, {n: signature[n] for n in kernels.copy_pages.arg_names}, words)
+        types = ("*i32", "i32", "i32", "*i32", "constexpr")
+        signature = dict(zip(kernels.claim_slots.arg_names, types, strict=True))
+        source = ASTSource(kernels.claim_slots, signature, {"TOKENS": 16})
         assert "ptx" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
         """
     run_python(program, **({} if before is None else {"TRITON_CACHE_DIR": before}), JAX_PLATFORMS="cpu")
@@ -424,6 +426,7 @@ def test_bad_arguments_raise_before_anything_is_written():
         ({"num_pages": 2.0}, "num_pages to be an integer"),
         ({"pages": np.zeros((1, 1, 160), np.uint8)}, r"layout.shard\(n\)"),
         ({"pages": np.zeros((1, 2, 160), np.int8)}, "uint8"),
+        ({"pages": np.zeros((1, 2, 4, 40), np.uint8)}, r"\[num_pages, num_kv_heads=2, record_bytes=160\]"),
         ({"num_pages": 1, "k_scale": np.ones(2)}, "k_scale to be one number"),
     ],
 )

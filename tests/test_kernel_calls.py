@@ -12,7 +12,7 @@ from pathlib import Path
 from kvq_core import specs
 
 KERNELS = Path(__file__).parents[1] / "kvq_core" / "kernels"
-SPECS = (specs.SideSpec, specs.RecordSpec, specs.AppendSpec, specs.GatherSpec, specs.AttentionSpec)
+SPECS = (specs.SideSpec, specs.RecordSpec, specs.AppendSpec, specs.GatherSpec, specs.CopySpec, specs.AttentionSpec)
 NUMBERS = {f.name for spec in SPECS for f in dataclasses.fields(spec) if f.type in ("int", "float", "bool")}
 FIELDS = {f.name for spec in SPECS for f in dataclasses.fields(spec)}
 

@@ -44,6 +44,23 @@ RECORDS = [
 ]
 
 
+# The fields of a row, its bytes.
+ROWS = [
+    (
+        *("int8_per_token_head", 16, 128, None),
+        {"k_codes": (0, 128), "k_scales": (128, 4), "v_codes": (132, 128), "v_scales": (260, 4)},
+        264,
+    ),
+    (
+        *("bfloat16/fp8_per_token_head", 5, 32, 16),
+        {"k_codes": (0, 64), "v_codes": (64, 16), "v_scales": (80, 4)},
+        84,
+    ),
+    ("int8_per_token_head/fp8_e5m2", 1, 16, 48, {"k_codes": (0, 16), "k_scales": (16, 4), "v_codes": (20, 48)}, 68),
+    ("float32/float16", 3, 512, 16, {"k_codes": (0, 2048), "v_codes": (2048, 32)}, 2080),
+]
+
+
 def make_layout(kv_cache_dtype="int8_per_token_head", **changes):
     return CacheLayout(kv_cache_dtype, **{"page_size": 16, "num_kv_heads": 8, "head_dim": 128, **changes})
 
@@ -57,6 +74,21 @@ def test_fields_lie_where_the_format_says(kv_cache_dtype, page_size, head_dim, h
     assert layout.page_bytes == 3 * record_bytes
     assert layout.bytes_per_token == 3 * record_bytes / page_size
     assert layout.shape(9) == (9, 3, record_bytes)
+
+
+@pytest.mark.parametrize(("kv_cache_dtype", "page_size", "head_dim", "head_dim_v", "fields", "row_bytes"), ROWS)
+def test_fields_of_a_row_container_lie_side_by_side(kv_cache_dtype, page_size, head_dim, head_dim_v, fields, row_bytes):
+    sizes = {"page_size": page_size, "num_kv_heads": 3, "head_dim": head_dim, "head_dim_v": head_dim_v}
+    layout = CacheLayout(kv_cache_dtype, **sizes, scale_placement="row")
+    found = {name: (field.offset, field.row_bytes) for name, field in layout.fields.items()}
+    assert list(found.items()) == list(fields.items())
+    assert layout.row_bytes == row_bytes
+    assert layout.bytes_per_token == 3 * row_bytes
+    assert layout.page_bytes == 3 * page_size * row_bytes
+    assert (layout.shape(9), layout.head_axis) == ((9, 3, page_size, row_bytes), 1)
+    slots_first = CacheLayout(kv_cache_dtype, **sizes, scale_placement="row", row_order="NHD")
+    assert (slots_first.shape(9), slots_first.head_axis) == ((9, page_size, 3, row_bytes), 2)
+    assert slots_first.fields == layout.fields
 
 
 def test_fields_know_their_dtypes():
@@ -75,10 +107,23 @@ def test_fingerprint_of_the_design_example():
 
 @pytest.mark.parametrize(
     "layout",
-    [make_layout(), make_layout("fp8/bfloat16", page_size=7), make_layout("float16", head_dim=64, head_dim_v=512)],
+    [
+        make_layout(),
+        make_layout("fp8/bfloat16", page_size=7),
+        make_layout("float16", head_dim=64, head_dim_v=512),
+        make_layout(scale_placement="row"),
+        make_layout("int8_per_token_head/fp8", scale_placement="row", row_order="NHD"),
+    ],
 )
 def test_layout_comes_back_from_its_fingerprint(layout):
     assert CacheLayout.from_fingerprint(layout.fingerprint()) == layout
+
+
+def test_fingerprints_of_row_containers_name_their_order():
+    heads_first, slots_first = (make_layout(scale_placement="row", row_order=order) for order in ("HND", "NHD"))
+    sides = "k:int8_per_token_head-v:int8_per_token_head"
+    assert heads_first.fingerprint() == f"kvq1-row-{sides}-p16-h8-dk128-dv128"
+    assert slots_first.fingerprint() == f"kvq1-row-{sides}-p16-h8-dk128-dv128-NHD"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +139,9 @@ def test_every_size_is_in_the_fingerprint(changes):
     [
         "",
         "kvq2-tail-k:float16-v:float16-p16-h8-dk128-dv128",
-        "kvq1-row-k:float16-v:float16-p16-h8-dk128-dv128",
+        "kvq1-head-k:float16-v:float16-p16-h8-dk128-dv128",
+        "kvq1-tail-k:float16-v:float16-p16-h8-dk128-dv128-NHD",
+        "kvq1-row-k:float16-v:float16-p16-h8-dk128-dv128-HND",
         "kvq1-tail-k:float16-v:float16-p16-h8-dk128",
         "kvq1-tail-k:float16-v:float16-p16-h8-dk128-dv128\n",
         "kvq1-tail-k:int4-v:float16-p16-h8-dk128-dv128",
@@ -137,6 +184,8 @@ def test_shard_holds_its_part_of_the_kv_heads():
     assert shard == make_layout(num_kv_heads=2)
     assert shard.record_bytes == DESIGN_EXAMPLE.record_bytes
     assert DESIGN_EXAMPLE.shard(1) == DESIGN_EXAMPLE
+    rows = {"scale_placement": "row", "row_order": "NHD"}
+    assert make_layout(**rows).shard(4) == make_layout(num_kv_heads=2, **rows)
 
 
 @pytest.mark.parametrize("num_shards", [3, 16, 0, -2])
@@ -174,13 +223,10 @@ def test_unsupported_head_dim_is_not_implemented(name, value):
         ("auto", {"compute_dtype": "fp8"}, "got 'fp8'"),
         ("auto", {"compute_dtype": "float64"}, "got 'float64'"),
         ("fp8", {"scale_placement": "head"}, "got 'head'"),
+        ("fp8", {"scale_placement": "row", "row_order": "nhd"}, "'HND' or 'NHD'; got 'nhd'"),
+        ("fp8", {"row_order": "NHD"}, "scale_placement='tail'; got 'NHD'"),
     ],
 )
 def test_malformed_layout_is_refused(kv_cache_dtype, changes, message):
     with pytest.raises(ValueError, match=message):
         make_layout(kv_cache_dtype, **changes)
-
-
-def test_row_placement_is_not_implemented_yet():
-    with pytest.raises(NotImplementedError, match="use 'tail'"):
-        make_layout(scale_placement="row")

@@ -39,7 +39,7 @@ def test_literal_bytes_of_the_byte_format_hold():
 def test_offsets_of_the_byte_format_are_those_of_the_layout(cells):
     layout = CacheLayout.from_fingerprint(cells[0].strip("`"))
     offsets = [str(layout.fields[name].offset) if name in layout.fields else "-" for name in FIELDS]
-    assert cells[1:] == [*offsets, str(layout.record_bytes)]
+    assert cells[1:] == [*offsets, str(layout.shape(1)[-1])]  # record_bytes or row_bytes
 
 
 @pytest.mark.parametrize("cells", table_rows("`kvq1-mla-"), ids=lambda cells: cells[0].strip("`"))
@@ -71,3 +71,63 @@ def test_decode_times_of_the_first_table_are_those_of_the_committed_run():
     assert times == {mode: us["kvq torch", mode] for mode in ("bfloat16", "int8_per_token_head", "fp8_per_token_head")}
     peers = [peer for *_, peer in first_table() if peer]
     assert peers == [f"{us['FlashInfer', 'bfloat16']} (bfloat16)", f"{us['FlashInfer', 'fp8_e4m3']} (e4m3)"]
+
+
+ADVICE = README.split("## Which mode when\n")[1].split("\n## ")[0]
+SENTENCES = [
+    sentence
+    for item in re.findall(r"^- (.*?)(?=^- |\Z)", ADVICE, flags=re.MULTILINE | re.DOTALL)
+    for sentence in re.split(r"(?<=\)\.) ", " ".join(item.split()))
+]
+STUDIES = ("vLLM blog, 22 April 2026", 'SGLang documentation, "Quantized KV Cache"')
+
+
+@pytest.mark.parametrize("sentence", SENTENCES)
+def test_every_advice_ends_with_a_committed_run_or_a_named_study(sentence):
+    evidence = re.fullmatch(r".* \((.*)\)\.", sentence)
+    assert evidence
+    run = re.fullmatch(r"\[\w+\]\((.*)\)", evidence[1])
+    assert (ROOT / run[1]).is_file() if run else evidence[1].endswith(STUDIES)
+
+
+def advised_times():
+    """The times of the advice, in microseconds, out of the committed run."""
+    rows = json.loads((ROOT / "bench/results/nvidia-h200-quick.json").read_text())["rows"]
+    us = {(row["case"], row["mode"]): row["timing"][0] for row in rows if row["impl"] == "kvq torch"}
+    int8, bfloat16 = "int8_per_token_head", "bfloat16"
+    return [
+        f"{us['64x8k', 'fp8_per_token_head']:.0f} us where int8 takes {us['64x8k', int8]:.0f},",
+        f"8k take {us['64x8k', int8]:.0f} us from int8 and {us['64x8k', bfloat16]:.0f} us from bfloat16",
+        f"16 of them {us['16x8k', int8]:.0f} us and {us['16x8k', bfloat16]:.0f} us",
+        f"1k takes {us['1x1k', int8]:.1f} us from int8 and {us['1x1k', bfloat16]:.1f} us from bfloat16",
+    ]
+
+
+def advised_errors():
+    """Attention errors and changes of the bits per byte out of the committed run of the demo."""
+    demo = {row["mode"]: row for row in json.loads((ROOT / "bench/results/cpu-demo.json").read_text())}
+    error = {mode: f"{row['attention_relative_error']:.1e}".replace("e-0", "e-") for mode, row in demo.items()}
+    change = {mode: f"{row['bits_per_byte_delta']:+.4f}" for mode, row in demo.items()}
+    int8, fp8 = "int8_per_token_head", "fp8_per_token_head"
+    unquantized = demo[int8]["bits_per_byte"] - demo[int8]["bits_per_byte_delta"]
+    return [
+        f"changes the bits per byte by {change[f'{int8}/{fp8}']},",
+        f"{error[int8]}, for {change[int8]} bits per byte on {unquantized:.4f}",
+        f"{error[fp8]}, for {change[fp8]} bits per byte",
+        f"{error['fp8_e4m3']} and {error['fp8_e5m2']}, for {change['fp8_e4m3']} and {change['fp8_e5m2']} bits per byte",
+        f"`bfloat16/{int8}` is {error[f'bfloat16/{int8}']} and that of `{int8}/bfloat16` {error[f'{int8}/bfloat16']}",
+    ]
+
+
+def test_figures_of_the_advice_are_those_of_the_committed_runs():
+    text = " ".join(ADVICE.split())
+    for figures in (*advised_times(), *advised_errors()):
+        assert figures in text
+        text = text.replace(figures, "")
+    assert not re.search(r"\d us|\de-\d|bits per byte", text)
+
+
+def test_int8_has_the_smallest_attention_error_of_the_8_bit_modes():
+    demo = json.loads((ROOT / "bench/results/cpu-demo.json").read_text())
+    eight_bits = [row for row in demo if "float" not in row["mode"]]
+    assert min(eight_bits, key=lambda row: row["attention_relative_error"])["mode"] == "int8_per_token_head"

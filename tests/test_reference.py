@@ -75,6 +75,21 @@ class TestAppend:
             expected[record + 84 : record + 88] = np.frombuffer(np.float32(k_scale / 2).tobytes(), np.uint8)
         np.testing.assert_array_equal(buffer, expected)
 
+    def test_a_row_container_holds_codes_and_scales_side_by_side(self):
+        layout = CacheLayout(
+            "int8_per_token_head", page_size=2, num_kv_heads=2, head_dim=DIM, scale_placement="row", row_order="NHD"
+        )
+        pages = np.full(layout.shape(3), 0xFF, np.uint8)
+        k = np.zeros((1, 2, DIM), np.float32)
+        k[0, :, 0] = 127.0, -254.0
+        append_kv(layout, pages, k, k / 2, np.array([3]))
+        # Slot 3 is page 1, offset 1. A row of 40 bytes: K at 0, its scale at 16, V at 20, its scale at 36.
+        expected = np.full_like(pages, 0xFF)
+        for head, code, k_scale in ((0, 127, 1.0), (1, 129, 2.0)):
+            sides = [[code] + [0] * 15 + list(np.float32(scale).tobytes()) for scale in (k_scale, k_scale / 2)]
+            expected[1, 1, head] = np.array(sides, np.uint8).reshape(-1)
+        np.testing.assert_array_equal(pages, expected)
+
     @pytest.mark.parametrize("kv_cache_dtype", MODE_PAIRS)
     def test_padding_between_pages_is_left_alone(self, kv_cache_dtype):
         layout = CacheLayout(kv_cache_dtype, page_size=3, num_kv_heads=2, head_dim=32, head_dim_v=16)

@@ -185,6 +185,25 @@ def test_mla_attention_is_the_same_program(mode, queries, num_heads, jax_program
     assert_same_programs(mla_call(cache, queries=queries, num_heads=num_heads), cache, jax_programs)
 
 
+@pytest.mark.parametrize("row_order", ["HND", "NHD"])
+def test_row_containers_have_the_same_programs(row_order, jax_programs):
+    cache = compiling.layout("int8_per_token_head", 64, scale_placement="row", row_order=row_order)
+    for call in (append_call(cache), gather_call(cache), copy_call(cache), attention_call(cache)):
+        jax_programs.clear()
+        assert_same_programs(call, cache, jax_programs)
+
+
+def test_a_transposed_view_is_the_program_of_the_other_order():
+    """What torch calls HND with the strides of NHD is what JAX, whose arrays have no strides, must call NHD."""
+    slots_first = compiling.layout("int8_per_token_head", 64, scale_placement="row", row_order="NHD")
+    heads_first = compiling.layout("int8_per_token_head", 64, scale_placement="row")
+    _, page_size, num_kv_heads, row_bytes = slots_first.shape(1)
+    page_bytes = page_size * num_kv_heads * row_bytes
+    strides = (page_bytes, row_bytes, num_kv_heads * row_bytes, 1)
+    for launch in (compiling.append, compiling.gather, compiling.copy, compiling.attention):
+        assert record(SM_90, launch(heads_first, strides=strides)) == record(SM_90, launch(slots_first))
+
+
 def test_attention_with_every_argument_is_the_same_program(jax_programs):
     cache = compiling.layout("int8_per_token_head", 64, head_dim_v=32)
     numbers = {"window": 40, "softcap": 20.0, "sm_scale": 0.3, "causal": False}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import warnings
@@ -25,6 +26,7 @@ SLOTS = torch.tensor([0, 1, 9, -1, 5])
 ATTENTION_OPTIONS = (
     "cu_seqlens_q",
     "max_seqlen_q",
+    "max_seqlen_k",
     "sm_scale",
     "causal",
     "window",
@@ -58,8 +60,8 @@ def _op_calls() -> dict:
     k, v = _kv(len(SLOTS), torch.bfloat16)
     q = _values(4, 4, 16)
     per_head = _values(4)
-    static = (None, None, True, None, None, None, None, cache.fingerprint, None)
-    sparse = (2, 0.3, False, 3, 10.0, per_head, per_head.abs(), cache.fingerprint, "eager")
+    static = (None, None, None, True, None, None, None, None, cache.fingerprint, None)
+    sparse = (2, 4, 0.3, False, 3, 10.0, per_head, per_head.abs(), cache.fingerprint, "eager")
     transposed_k = k.transpose(0, 1).contiguous().transpose(0, 1)
     transposed_q = _values(4, 4, 16).transpose(0, 1)
     return {
@@ -139,6 +141,7 @@ def test_eager_ops_never_read_a_value_back_to_the_host():
             *operands, _fingerprint = operands
             if op is _library.paged_attention_op:
                 options = dict(zip(ATTENTION_OPTIONS, operands[6:], strict=True))
+                del options["max_seqlen_k"]  # the op's own
                 out, _ = _library._eager.paged_attention(LAYOUT, *operands[:6], **options)
                 assert out.shape == (*operands[0].shape[:2], LAYOUT.head_dim_v)
             else:
@@ -189,6 +192,40 @@ def test_wrapped_strided_pool_is_written_in_place_and_nothing_beside_it():
     copy_pages_(wrapped, torch.tensor([1]), torch.tensor([4]))
     assert torch.equal(pool[4, 0], pool[1, 0])
     assert (pool[:, 1] == 0xFF).all()
+
+
+ROWS = dataclasses.replace(LAYOUT, scale_placement="row", compute_dtype=None)
+# One tensor of all layers, slots before heads: [layers, pages, slots, heads, row], the rows 68 bytes.
+LAYERS = (3, NUM_PAGES, ROWS.page_size, ROWS.num_kv_heads, ROWS.row_bytes)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, functools.partial(torch.compile, backend="aot_eager", fullgraph=True)])
+def test_wrapped_row_container_is_written_in_place_and_nothing_beside_it(wrap):
+    layers = torch.full(LAYERS, 0xFF, dtype=torch.uint8)
+    cache = KVCache(ROWS, pages=layers[1].transpose(1, 2), v_scale=0.5)
+    k, v = _kv(NUM_PAGES * ROWS.page_size)
+
+    def step(slots):
+        append_kv_(cache, k, v, slots)
+        return gather_kv(cache, PAGE_TABLE, SEQ_LENS)
+
+    read = wrap(step)(torch.arange(NUM_PAGES * ROWS.page_size))
+    for got, expected in zip(read, gather_kv(_filled_cache(), PAGE_TABLE, SEQ_LENS), strict=True):
+        assert torch.equal(got, expected)
+    for layer in (0, 2):
+        assert (layers[layer] == 0xFF).all()
+    slots_first = dataclasses.replace(ROWS, row_order="NHD", compute_dtype=None)
+    for got, expected in zip(
+        gather_kv(KVCache(slots_first, pages=layers[1], v_scale=0.5), PAGE_TABLE, SEQ_LENS), read, strict=True
+    ):
+        assert torch.equal(got, expected)
+
+
+def test_a_row_container_starts_at_a_multiple_of_what_its_strides_are():
+    buffer = torch.zeros(6 + ROWS.page_bytes, dtype=torch.uint8)
+    assert KVCache(ROWS, pages=buffer[4:-2].view(ROWS.shape(1))).num_pages == 1
+    with pytest.raises(ValueError, match="start at a multiple of 4 bytes"):
+        KVCache(ROWS, pages=buffer[2:-4].view(ROWS.shape(1)))
 
 
 def test_wrapped_shard_of_the_kv_heads_works_alone():
@@ -314,7 +351,12 @@ def _append(**kwargs):
         ),
         (ValueError, "one of .*'triton'.*; got 'cudnn'", lambda: _attend(impl="cudnn")),
         (TypeError, "impl to be None or a string", lambda: _attend(impl=3)),
-        (NotImplementedError, "'sdpa' is not supported yet", lambda: _attend(impl="sdpa")),
+        (
+            NotImplementedError,
+            "'sdpa' is a way to attend",
+            lambda: gather_kv(_filled_cache(), PAGE_TABLE, SEQ_LENS, impl="sdpa"),
+        ),
+        (ValueError, "impl='sdpa' got tensors on a CPU", lambda: _attend(impl="sdpa")),
     ],
 )
 def test_op_refuses(error, message, call):

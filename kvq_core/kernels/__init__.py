@@ -12,3 +12,4 @@ from kvq_core.kernels.gather import gather_kv as gather_kv
 from kvq_core.kernels.mla import attend_mla_queries as attend_mla_queries
 from kvq_core.kernels.mla import attend_mla_segments as attend_mla_segments
 from kvq_core.kernels.prefill import attend_queries as attend_queries
+from kvq_core.kernels.prefill import finish_queries as finish_queries

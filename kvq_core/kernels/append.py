@@ -39,7 +39,7 @@ def append_kv(
     winners_ptr,  # as slot_mapping [num_slots]: from claim_slots if num_tokens > S.scan, else not read
     k_scale_ptr,  # float32 [], per-tensor modes
     v_scale_ptr,  # float32 []
-    pages_ptr,  # in-out uint8 [num_pages, num_kv_heads, record_bytes]
+    pages_ptr,  # in-out uint8, the axes of the layout
     num_tokens,
     num_pages,
     k_stride_token,  # elements / S.k_align
@@ -94,7 +94,8 @@ def _store_rows(x, tensor_scale_ptr, pages_ptr, records, offset, writes, SIDE: t
     MODE: tl.constexpr = SIDE.mode
     d = tl.arange(0, SIDE.padded_dim)
     codes, row_scales = encode_rows(x, tensor_scale_ptr, MODE, CAPS)
-    element = tl.multiple_of(row_offsets(records, offset, SIDE) // SIDE.code_bytes, 16 // SIDE.code_bytes)
+    ALIGN: tl.constexpr = SIDE.align
+    element = tl.multiple_of(row_offsets(records, offset, SIDE) // SIDE.code_bytes, ALIGN // SIDE.code_bytes)
     mask = writes[:, None] & (d < SIDE.head_dim)[None, :]
     tl.store(bits_ptr(pages_ptr, SIDE.code_bytes) + element[:, None] + d[None, :], codes, mask=mask)
     if SIDE.per_token_head:

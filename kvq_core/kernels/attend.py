@@ -5,10 +5,16 @@ row scale enters the softmax as an exponent: ``w = 2^(s + log2(v_scale) - m)``, 
 exponent, multiplies the codes of V and stays within [0, 1] whatever the size of V; ``w / v_scale`` is what the
 denominator adds up. Scores are in units of log2, and probabilities are held times ``2^S.p_shift``.
 
+Tiles are named as they lie with ``S.keys_first``: scores [keys, rows], K [keys, d], q [d, rows], V [columns, keys],
+output [columns, rows]. So few rows fill the narrow side of a tensor core's tile (8 where the other has 16), and several
+warps share out the keys and the columns, so that none converts what another has converted. Many rows take the transpose
+of every tile: there each warp has rows of its own, and the softmax stays within a warp. `first` and `second` place a
+vector along the named axes.
+
 V goes through one dot or (``S.v_parts``) four. Few rows take operands from registers, and there a dot operand of
 single bytes whose contraction axis is not contiguous would be read from shared memory byte by byte. So V of 8 bits is
-read as words of four neighbouring codes, and each byte of the words gets a dot of its own; wider V takes the same four
-dots on the four quarters of a row. Many rows take V from shared memory after it was converted: one dot.
+read as words of four neighbouring codes, and each byte of the words gets a dot of its own. Many rows take V from shared
+memory after it was converted, and wider V needs no conversion: one dot.
 """
 
 import triton
@@ -31,8 +37,50 @@ MIN_SCALE = tl.constexpr(7.888609052210118e-31)  # 2^-100
 
 
 @triton.jit
+def first(x, S: tl.constexpr):
+    """A vector along the first axis of a tile as named above."""
+    if S.keys_first:
+        y = x[:, None]
+    else:
+        y = x[None, :]
+    return y
+
+
+@triton.jit
+def second(x, S: tl.constexpr):
+    """A vector along the second axis of a tile as named above."""
+    if S.keys_first:
+        y = x[None, :]
+    else:
+        y = x[:, None]
+    return y
+
+
+@triton.constexpr_function
+def first_axis(S):
+    """The axis of tensors that is the first one of tiles as named above."""
+    return 0 if S.keys_first else 1
+
+
+@triton.constexpr_function
+def tile_shape(rows, columns, S):
+    """The shape of a tensor that is a tile [rows, columns] as named above."""
+    return [rows, columns] if S.keys_first else [columns, rows]
+
+
+@triton.jit
+def multiply(a, b, acc, S: tl.constexpr):
+    """a b + acc of tiles as named above."""
+    if S.keys_first:
+        product = tl.dot(a, b, acc, input_precision="ieee")
+    else:
+        product = tl.dot(b, a, acc, input_precision="ieee")
+    return product
+
+
+@triton.jit
 def load_queries(q_ptr, k_scale_ptr, alibi_slopes_ptr, token, q_head, q_pos, valid, strides, S: tl.constexpr):
-    """Rows of q as a dot operand, with what turns dots into scores: (q, row_scale, row_offset, slope, q_pos)."""
+    """q [d, rows] as a dot operand, with what turns dots into scores: (q, row_scale, row_offset, slope, q_pos)."""
     R: tl.constexpr = S.records
     MODE: tl.constexpr = R.k.mode
     CAPS: tl.constexpr = R.caps
@@ -42,11 +90,11 @@ def load_queries(q_ptr, k_scale_ptr, alibi_slopes_ptr, token, q_head, q_pos, val
     element = token.to(tl.int64) * (stride_token.to(tl.int64) * S.q_align) + q_head.to(tl.int64) * (
         stride_head.to(tl.int64) * S.q_align
     )
-    mask = valid[:, None] & (d < R.k.head_dim)[None, :]
-    q = tl.load(q_ptr + element[:, None] + d[None, :], mask=mask, other=0.0)
+    mask = first(d < R.k.head_dim, S) & second(valid, S)
+    q = tl.load(q_ptr + first(d, S) + second(element, S), mask=mask, other=0.0)
     row_scale = tl.full([S.rows], S.sm_scale * LOG2E, tl.float32)
     if S.normalize_q:
-        q, power = _normalize(q.to(tl.float32))
+        q, power = _normalize(q.to(tl.float32), S)
         row_scale *= power
     if R.k.per_tensor:
         row_scale *= tl.load(k_scale_ptr)
@@ -54,18 +102,18 @@ def load_queries(q_ptr, k_scale_ptr, alibi_slopes_ptr, token, q_head, q_pos, val
     if S.has_alibi:
         slope = tl.load(alibi_slopes_ptr + q_head, mask=valid, other=0.0) * LOG2E
     q = to_k_operand(q, S)
-    row_offset = tl.sum(q.to(tl.float32), axis=1) * row_scale * -bias_of(MODE, CAPS, OPERAND)
+    row_offset = tl.sum(q.to(tl.float32), axis=first_axis(S)) * row_scale * -bias_of(MODE, CAPS, OPERAND)
     return q, row_scale, row_offset, slope, q_pos
 
 
 @triton.jit
-def _normalize(q):
+def _normalize(q, S: tl.constexpr):
     """Divide each row by a power of two that brings its largest element to [2^14, 2^15), if it is finite."""
-    exponent = tl.max(q.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1) >> 23
+    exponent = tl.max(q.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=first_axis(S)) >> 23
     exponent = tl.minimum(tl.maximum(exponent, 15), 253)
     power = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
     inverse = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
-    return q * inverse[:, None], power
+    return q * second(inverse, S), power
 
 
 @triton.jit
@@ -101,7 +149,7 @@ def attend_keys(query, pool, start, end, all_visible_end, v_scale_ptr, S: tl.con
     """
     m = tl.full([S.rows], float("-inf"), tl.float32)
     l = tl.full([S.rows], 0.0, tl.float32)
-    part = tl.full([S.rows, part_width(S)], 0.0, tl.float32)
+    part = tl.full(tile_shape(part_width(S), S.rows, S), 0.0, tl.float32)
     if S.v_parts == 1:
         acc = (part,)
     else:
@@ -111,10 +159,10 @@ def attend_keys(query, pool, start, end, all_visible_end, v_scale_ptr, S: tl.con
     masked_start = start
     if S.window == 0:
         masked_start = start + tl.maximum(tl.minimum(end, all_visible_end) - start, 0) // S.tile * S.tile
-    for first in range(start, masked_start, S.tile):
-        state = attend_tile(state, query, pool, first, end, False, S)
-    for first in range(masked_start, end, S.tile):
-        state = attend_tile(state, query, pool, first, end, True, S)
+    for key in range(start, masked_start, S.tile):
+        state = attend_tile(state, query, pool, key, end, False, S)
+    for key in range(masked_start, end, S.tile):
+        state = attend_tile(state, query, pool, key, end, True, S)
     return _finish(state, v_scale_ptr, S)
 
 
@@ -125,15 +173,15 @@ def part_width(S):
 
 
 @triton.jit
-def attend_tile(state, query, pool, first, end, MASKED: tl.constexpr, S: tl.constexpr):
-    """One step of the online softmax, over S.tile keys from ``first``. With MASKED, not every row sees every key."""
+def attend_tile(state, query, pool, first_key, end, MASKED: tl.constexpr, S: tl.constexpr):
+    """One step of the online softmax, S.tile keys from ``first_key``. With MASKED, not every row sees every key."""
     R: tl.constexpr = S.records
     V: tl.constexpr = R.v
     CAPS: tl.constexpr = R.caps
     m, l, acc, poison = state
     pages_ptr, table_ptr, head, num_pages, max_pages = pool
-    token = first + tl.arange(0, S.tile)
-    page, offset, in_pool = load_page_ids(table_ptr, first, num_pages, max_pages, MASKED, S.tile, R)
+    token = first_key + tl.arange(0, S.tile)
+    page, offset, in_pool = load_page_ids(table_ptr, first_key, num_pages, max_pages, MASKED, S.tile, R)
     records = record_offsets(page, head, R)
     x = _scores(query, pages_ptr, records, offset, token, S)
     exists = token < end
@@ -147,27 +195,27 @@ def attend_tile(state, query, pool, first, end, MASKED: tl.constexpr, S: tl.cons
             known = tl.where(v_scale == v_scale, known, MIN_SCALE)
         if S.fold_v_scales:
             exponent += approximate_log2(known, CAPS)
-    x += exponent[None, :]
-    visible = exists[None, :]
+    x += first(exponent, S)
+    visible = first(exists, S)
     if MASKED:
         visible = _visible(query, token, exists, S)
         x = tl.where(visible, x, float("-inf"))
 
-    m_new = tl.maximum(m, tl.max(x, axis=1))
+    m_new = tl.maximum(m, tl.max(x, axis=first_axis(S)))
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     alpha = tl.exp2(m - m_safe)
-    w = tl.exp2(x - (m_safe - S.p_shift)[:, None])
+    w = tl.exp2(x - second(m_safe - S.p_shift, S))
     p = w
     if R.v.per_token_head:
         if S.fold_v_scales:
-            w = w * approximate_reciprocal(known, CAPS)[None, :]
+            w = w * first(approximate_reciprocal(known, CAPS), S)
         else:
-            p = w * known[None, :]
+            p = w * first(known, S)
         if MASKED:
-            p = tl.where(visible & (v_scale != v_scale)[None, :], float("nan"), p)
+            p = tl.where(visible & first(v_scale != v_scale, S), float("nan"), p)
         else:
             poison += tl.where(v_scale == v_scale, 0.0, float("nan"))
-    l = l * alpha + tl.sum(w, axis=1)
+    l = l * alpha + tl.sum(w, axis=first_axis(S))
     p = to_v_operand(p, S)
     v = _load_v(pages_ptr, records, offset, exists, MASKED, S)
     acc = scale_parts(acc, alpha, S)
@@ -186,7 +234,7 @@ def attend_tile(state, query, pool, first, end, MASKED: tl.constexpr, S: tl.cons
 @triton.jit
 def scale_parts(parts, factor, S: tl.constexpr):
     """Multiply the rows of all parts by ``factor`` [rows]."""
-    f = factor[:, None]
+    f = second(factor, S)
     if S.v_parts == 1:
         scaled = (parts[0] * f,)
     else:
@@ -196,7 +244,7 @@ def scale_parts(parts, factor, S: tl.constexpr):
 
 @triton.jit
 def _scores(query, pages_ptr, records, offset, token, S: tl.constexpr):
-    """Scores [rows, tile] in units of log2, before the mask."""
+    """Scores [keys, rows] in units of log2, before the mask."""
     K: tl.constexpr = S.records.k
     MODE: tl.constexpr = K.mode
     CAPS: tl.constexpr = S.records.caps
@@ -204,21 +252,25 @@ def _scores(query, pages_ptr, records, offset, token, S: tl.constexpr):
     q, row_scale, row_offset, slope, q_pos = query
     d = tl.arange(0, K.padded_dim)
     DIM: tl.constexpr = K.padded_dim
-    element = tl.multiple_of(row_offsets(records, offset, K) // K.code_bytes, 16 // K.code_bytes)
-    ptrs = (typed_ptr(pages_ptr, MODE) + d)[:, None] + element[None, :]
+    ALIGN: tl.constexpr = K.align
+    element = tl.multiple_of(row_offsets(records, offset, K) // K.code_bytes, ALIGN // K.code_bytes)
+    ptrs = typed_ptr(pages_ptr, MODE) + first(element, S) + second(d, S)
     # Inside two loops Triton 3.7 forgets this, and would load element by element. It must be said in this function:
     # of an argument of another one it would be lost.
-    ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (16, 1)), (DIM, 1))
-    k = _load_rows(ptrs, (d < K.head_dim)[:, None], K.padded_dim != K.head_dim)
+    if S.keys_first:
+        ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (1, ALIGN)), (1, DIM))
+    else:
+        ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (ALIGN, 1)), (DIM, 1))
+    k = _load_rows(ptrs, second(d < K.head_dim, S), K.padded_dim != K.head_dim)
     if K.code_bytes == 1:
         k = decode_biased(k, MODE, CAPS, OPERAND)
-    x = tl.dot(q, to_k_operand(k, S), input_precision="ieee") * row_scale[:, None] + row_offset[:, None]
+    x = multiply(to_k_operand(k, S), q, None, S) * second(row_scale, S) + second(row_offset, S)
     if K.per_token_head:
-        x = x * tl.load(scale_ptrs(pages_ptr, records, offset, K))[None, :]
+        x = x * first(tl.load(scale_ptrs(pages_ptr, records, offset, K)), S)
     if S.softcap > 0:
         x = S.softcap * LOG2E * _tanh(x * (1.0 / (S.softcap * LOG2E)))
     if S.has_alibi:
-        x += slope[:, None] * (token[None, :] - q_pos[:, None]).to(tl.float32)
+        x += second(slope, S) * (first(token, S) - second(q_pos, S)).to(tl.float32)
     return x
 
 
@@ -255,49 +307,46 @@ def _tanh(x):
 @triton.jit
 def _visible(query, token, exists, S: tl.constexpr):
     _, _, _, _, q_pos = query
-    visible = tl.broadcast_to(exists[None, :], [S.rows, S.tile])
+    visible = tl.broadcast_to(first(exists, S), tile_shape(S.tile, S.rows, S))
     if S.causal:
-        visible = visible & (token[None, :] <= q_pos[:, None])
+        visible = visible & (first(token, S) <= second(q_pos, S))
     if S.window > 0:
-        visible = visible & (token[None, :] > q_pos[:, None] - S.window)
+        visible = visible & (first(token, S) > second(q_pos, S) - S.window)
     return visible
 
 
 @triton.jit
 def _load_v(pages_ptr, records, offset, exists, MASKED: tl.constexpr, S: tl.constexpr):
-    """The parts of the V rows [tile, part_width] as dot operands; zeros for keys that do not exist."""
+    """The parts of V [part_width, keys] as dot operands; zeros for keys that do not exist."""
     V: tl.constexpr = S.records.v
     MODE: tl.constexpr = V.mode
     CAPS: tl.constexpr = S.records.caps
     PART: tl.constexpr = V.head_dim // S.v_parts
     c = tl.arange(0, part_width(S))
-    mask = (c < PART)[None, :]
+    mask = first(c < PART, S)
     if MASKED:
-        mask = mask & exists[:, None]
+        mask = mask & second(exists, S)
     WIDTH: tl.constexpr = part_width(S)
+    ALIGN: tl.constexpr = V.align
     PARTIAL: tl.constexpr = MASKED or WIDTH != PART
-    if V.code_bytes == 1 and S.v_parts != 1:
-        word = tl.multiple_of(row_offsets(records, offset, V) // 4, 4)
-        ptrs = (pages_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + c)[None, :] + word[:, None]
+    if S.v_parts == 4:
+        word = tl.multiple_of(row_offsets(records, offset, V) // 4, ALIGN // 4)
+        ptrs = pages_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + first(c, S) + second(word, S)
     else:
-        element = tl.multiple_of(row_offsets(records, offset, V) // V.code_bytes, 16 // V.code_bytes)
-        ptrs = typed_ptr(pages_ptr, MODE) + element[:, None] + c[None, :]
-    ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (1, 16)), (1, WIDTH))  # as in _scores
+        element = tl.multiple_of(row_offsets(records, offset, V) // V.code_bytes, ALIGN // V.code_bytes)
+        ptrs = typed_ptr(pages_ptr, MODE) + first(c, S) + second(element, S)
+    if S.keys_first:  # as in _scores
+        ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (ALIGN, 1)), (WIDTH, 1))
+    else:
+        ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (1, ALIGN)), (1, WIDTH))
     v = _load_rows(ptrs, mask, PARTIAL)
-    if S.v_parts == 1:
-        if V.code_bytes == 1:
-            v = decode_bytes(v, MODE, CAPS)
-        parts = (to_v_operand(v, S),)
-    elif V.code_bytes == 1:
+    if S.v_parts == 4:
         v0, v1, v2, v3 = decode_words(v, MODE, CAPS)
         parts = (to_v_operand(v0, S), to_v_operand(v1, S), to_v_operand(v2, S), to_v_operand(v3, S))
     else:
-        parts = (
-            to_v_operand(v, S),
-            to_v_operand(_load_rows(ptrs + PART, mask, PARTIAL), S),
-            to_v_operand(_load_rows(ptrs + 2 * PART, mask, PARTIAL), S),
-            to_v_operand(_load_rows(ptrs + 3 * PART, mask, PARTIAL), S),
-        )
+        if V.code_bytes == 1:
+            v = decode_bytes(v, MODE, CAPS)
+        parts = (to_v_operand(v, S),)
     return parts
 
 
@@ -306,11 +355,11 @@ def _accumulate(acc, p, v, visible, MASKED: tl.constexpr, S: tl.constexpr):
     """acc + p v. Where rows differ in what they see, an infinity or NaN of V reaches only the rows that see it."""
     if MASKED and S.queries > 1 and not S.records.v.per_token_head:
         wild = (v - v) != 0.0
-        seen = tl.dot(to_v_operand(visible, S), to_v_operand(wild, S), input_precision="ieee")
-        acc = tl.dot(p, tl.where(wild, tl.zeros_like(v), v), acc, input_precision="ieee")
+        seen = multiply(to_v_operand(wild, S), to_v_operand(visible, S), None, S)
+        acc = multiply(tl.where(wild, tl.zeros_like(v), v), p, acc, S)
         acc = tl.where(seen > 0.0, float("nan"), acc)
     else:
-        acc = tl.dot(p, v, acc, input_precision="ieee")
+        acc = multiply(v, p, acc, S)
     return acc
 
 
@@ -329,13 +378,8 @@ def _finish(state, v_scale_ptr, S: tl.constexpr):
 @triton.jit
 def part_columns(PART: tl.constexpr, S: tl.constexpr):
     """Columns of the output that part PART holds, and which of them exist."""
-    V: tl.constexpr = S.records.v
     c = tl.arange(0, part_width(S))
-    if V.code_bytes == 1:
-        columns = S.v_parts * c + PART
-    else:
-        columns = c + PART * (V.head_dim // S.v_parts)
-    return columns, c < V.head_dim // S.v_parts
+    return S.v_parts * c + PART, c < S.records.v.head_dim // S.v_parts
 
 
 @triton.jit
@@ -345,5 +389,5 @@ def store_parts(out_ptr, row, stored, parts, S: tl.constexpr):
     CAPS: tl.constexpr = S.records.caps
     for PART in tl.static_range(PARTS):
         columns, exist = part_columns(PART, S)
-        ptrs = out_ptr + row[:, None] * S.records.v.head_dim + columns[None, :]
-        tl.store(ptrs, round_for(out_ptr, parts[PART], CAPS), mask=stored[:, None] & exist[None, :])
+        ptrs = out_ptr + first(columns, S) + second(row * S.records.v.head_dim, S)
+        tl.store(ptrs, round_for(out_ptr, parts[PART], CAPS), mask=first(exist, S) & second(stored, S))

@@ -21,7 +21,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 @triton.jit(do_not_specialize=["num_q_tokens", "num_seqs", "num_pages", "max_pages", "q_stride_token", "q_stride_head"])
 def attend_segments(
     q_ptr,  # [num_q_tokens, num_q_heads, head_dim] bfloat16, float16 or float32
-    pages_ptr,  # uint8 [num_pages, num_kv_heads, record_bytes]
+    pages_ptr,  # uint8, the axes of the layout
     k_scale_ptr,  # float32 [], per-tensor modes
     v_scale_ptr,  # float32 []
     sinks_ptr,  # float32 [num_q_heads], read by merge_segments only
@@ -35,8 +35,7 @@ def attend_segments(
     max_pages,
     q_stride_token,  # elements / S.q_align
     q_stride_head,
-    partial_out_ptr,  # out float32 [num_segments, num_kv_heads, queries * group, head_dim_v]
-    partial_lse_ptr,  # out float32 [num_segments, num_kv_heads, queries * group], log2
+    partial_ptr,  # out float32 [num_segments, num_kv_heads, S.part_stride]: see partial_lse
     S: tl.constexpr,
 ):
     """One part of the keys of all sequences, for S.rows query rows of one KV head."""
@@ -46,6 +45,8 @@ def attend_segments(
     row_block = pid // R.num_kv_heads % S.row_blocks
     program = (pid // (R.num_kv_heads * S.row_blocks)).to(tl.int64)
     capacity = max_pages * R.page_size
+    if S.overlap:
+        tl.extra.cuda.gdc_launch_dependents()
     total, _ = total_tiles(0, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity, S)
     tile = part_start(program, total, S)
     last_tile = part_start(program + 1, total, S)
@@ -69,9 +70,9 @@ def attend_segments(
             all_visible_end = seq_len - num_queries + 1 if S.causal else seq_len
             pool = (pages_ptr, page_table_ptr + seq.to(tl.int64) * max_pages, head, num_pages, max_pages)
             out, lse = attend_keys(query, pool, start, tl.minimum(end, seq_end), all_visible_end, v_scale_ptr, S)
-            partial_row = ((program + seq) * R.num_kv_heads + head) * (S.queries * S.group) + row
-            store_parts(partial_out_ptr, partial_row, valid, out, S)
-            tl.store(partial_lse_ptr + partial_row, lse, mask=valid)
+            part_ptr = partial_ptr + ((program + seq) * R.num_kv_heads + head) * S.part_stride
+            store_parts(part_ptr, row, valid, out, S)
+            tl.store(partial_lse(part_ptr, S) + row, lse, mask=valid)
 
             first_tile += tl.cdiv(seq_end - seq_start, S.tile)
             tile = first_tile
@@ -80,8 +81,7 @@ def attend_segments(
 
 @triton.jit(do_not_specialize=["num_q_tokens", "num_seqs", "max_pages"])
 def merge_segments(
-    partial_out_ptr,  # float32 [num_segments, num_kv_heads, queries * group, head_dim_v]
-    partial_lse_ptr,  # float32 [num_segments, num_kv_heads, queries * group], log2
+    partial_ptr,  # float32 [num_segments, num_kv_heads, S.part_stride]: see partial_lse
     sinks_ptr,  # float32 [num_q_heads] if S.has_sinks
     seq_lens_ptr,  # int32 [num_seqs]
     cu_seqlens_q_ptr,  # int32 [num_seqs + 1] if S.has_cu_seqlens
@@ -114,14 +114,16 @@ def merge_segments(
     m = tl.full([], float("-inf"), tl.float32)
     l = tl.full([], 0.0, tl.float32)
     acc = tl.full([COLUMNS], 0.0, tl.float32)
+    if S.overlap:
+        tl.extra.cuda.gdc_wait()
     for first in range(0, parts, PARTS):
         part = first + tl.arange(0, PARTS)
         segment = first_part + part + seq
-        partial_row = (segment * S.records.num_kv_heads + q_head // S.group) * (S.queries * S.group) + row
+        part_ptrs = partial_ptr + (segment * S.records.num_kv_heads + q_head // S.group) * S.part_stride
         exists = part < parts
-        lse = tl.load(partial_lse_ptr + partial_row, mask=exists, other=float("-inf"))
+        lse = tl.load(partial_lse(part_ptrs, S) + row, mask=exists, other=float("-inf"))
         mask = exists[:, None] & (d < V.head_dim)[None, :]
-        partial = tl.load(partial_out_ptr + partial_row[:, None] * V.head_dim + d[None, :], mask=mask, other=0.0)
+        partial = tl.load(part_ptrs[:, None] + (row * V.head_dim + d)[None, :], mask=mask, other=0.0)
         m_new = tl.maximum(m, tl.max(lse, axis=0))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         alpha = tl.exp2(m - m_safe)
@@ -145,6 +147,15 @@ def merge_segments(
     values = round_for(out_ptr, out + poison, CAPS)
     tl.store(out_ptr + out_row * V.head_dim + d, values, mask=d < V.head_dim)
     tl.store(lse_ptr + out_row, lse * LN2 + poison, mask=column_block == 0)
+
+
+@triton.jit
+def partial_lse(part_ptr, S: tl.constexpr):
+    """Where the log-sum-exps of a part lie: behind its values, in one buffer, as allocating another takes host time.
+
+    A part of a KV head is float32 [queries * group, head_dim_v], then [queries * group] in units of log2.
+    """
+    return part_ptr + S.queries * S.group * S.records.v.head_dim
 
 
 @triton.jit

@@ -22,8 +22,8 @@ from kvq_core.kernels.attend import (
     to_v_operand,
 )
 from kvq_core.kernels.codec import approximate_log2, approximate_reciprocal, decode_bytes, decode_words
-from kvq_core.kernels.decode import LN2
-from kvq_core.kernels.pages import load_page_ids, row_offsets, scale_ptrs, typed_ptr
+from kvq_core.kernels.decode import LN2, partial_lse
+from kvq_core.kernels.pages import load_page_ids, record_offsets, row_offsets, scale_ptrs, typed_ptr
 from kvq_core.kernels.segments import find_query_tile, find_sequence, keys_of, part_start, queries_of, total_tiles
 
 MANY_ROWS = tl.constexpr(64)
@@ -43,8 +43,7 @@ def attend_mla_segments(
     max_pages,
     q_stride_token,  # elements / S.q_align
     q_stride_head,
-    partial_out_ptr,  # out float32 [num_segments, 1, queries * num_heads, rank]
-    partial_lse_ptr,  # out float32 [num_segments, 1, queries * num_heads], log2
+    partial_ptr,  # out float32 [num_segments, 1, S.part_stride]: see decode.partial_lse
     S: tl.constexpr,
 ):
     """One part of the keys of all sequences, for S.rows query rows. `merge_segments` puts the parts together."""
@@ -52,6 +51,8 @@ def attend_mla_segments(
     row = pid % S.row_blocks * S.rows + tl.arange(0, S.rows)
     program = (pid // S.row_blocks).to(tl.int64)
     capacity = max_pages * S.records.page_size
+    if S.overlap:
+        tl.extra.cuda.gdc_launch_dependents()
     total, _ = total_tiles(0, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity, S)
     tile = part_start(program, total, S)
     last_tile = part_start(program + 1, total, S)
@@ -65,9 +66,8 @@ def attend_mla_segments(
             valid = (row < S.queries * S.group) & (q_index < num_queries) & (token >= 0) & (token < num_q_tokens)
             q_pos = seq_len - num_queries + q_index
             strides = (q_stride_token, q_stride_head)
-            partial_row = (program + seq) * (S.queries * S.group) + row
-            scratch = (partial_out_ptr, partial_row)
-            query = load_queries(q_ptr, k_scale_ptr, scratch, token, row % S.group, q_pos, valid, strides, S)
+            part_ptr = partial_ptr + (program + seq) * S.part_stride
+            query = load_queries(q_ptr, k_scale_ptr, (part_ptr, row), token, row % S.group, q_pos, valid, strides, S)
 
             seq_start, seq_end = keys_of(seq, seq < num_seqs, seq_lens_ptr, cu_seqlens_q_ptr, capacity, S)
             start = seq_start + ((tile - first_tile) * S.tile).to(tl.int32)
@@ -75,8 +75,8 @@ def attend_mla_segments(
             all_visible_end = seq_len - num_queries + 1 if S.causal else seq_len
             pool = (pages_ptr, page_table_ptr + seq.to(tl.int64) * max_pages, num_pages, max_pages)
             out, lse = attend_keys(query, pool, start, tl.minimum(end, seq_end), all_visible_end, k_scale_ptr, S)
-            store_parts(partial_out_ptr, partial_row, valid, out, S)
-            tl.store(partial_lse_ptr + partial_row, lse, mask=valid)
+            store_parts(part_ptr, row, valid, out, S)
+            tl.store(partial_lse(part_ptr, S) + row, lse, mask=valid)
 
             first_tile += tl.cdiv(seq_end - seq_start, S.tile)
             tile = first_tile
@@ -270,7 +270,7 @@ def attend_tile(state, query, pool, first, end, MASKED: tl.constexpr, S: tl.cons
     pages_ptr, table_ptr, num_pages, max_pages = pool
     token = first + tl.arange(0, S.tile)
     page, offset, in_pool = load_page_ids(table_ptr, first, num_pages, max_pages, MASKED, S.tile, R)
-    records = tl.multiple_of(page.to(tl.int64) * R.page_stride, 16)
+    records = record_offsets(page, tl.zeros_like(page), R)
     exists = token < end
     codes = _load_codes(pages_ptr, records, offset, exists & in_pool, MASKED, S)
     exponent = tl.where(in_pool, 0.0, float("nan"))

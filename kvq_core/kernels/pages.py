@@ -6,21 +6,32 @@ import triton.language as tl
 
 @triton.jit
 def record_offsets(page, head, R: tl.constexpr):
-    """Offset of the record of (page, head); both may be tensors of one shape, or scalars."""
-    return tl.multiple_of(page.to(tl.int64) * R.page_stride + head.to(tl.int64) * R.record_bytes, 16)
+    """Offset of the record of (page, head), in a row container that of its first row.
+
+    Both may be tensors of one shape, or scalars.
+    """
+    ALIGN: tl.constexpr = R.align
+    return tl.multiple_of(page.to(tl.int64) * R.page_stride + head.to(tl.int64) * R.head_stride, ALIGN)
 
 
 @triton.jit
 def row_offsets(records, offset, SIDE: tl.constexpr):
     """Offset of the codes of the row at ``offset`` tokens into the page."""
-    return tl.multiple_of(records + (SIDE.codes + offset * SIDE.row_bytes), 16)
+    ALIGN: tl.constexpr = SIDE.align
+    if SIDE.is_wide:
+        offset = offset.to(tl.int64)
+    return tl.multiple_of(records + (SIDE.codes + offset * SIDE.slot_stride), ALIGN)
 
 
 @triton.jit
 def scale_ptrs(pages_ptr, records, offset, SIDE: tl.constexpr):
     """Pointers to the float32 row scales."""
     scales_ptr = pages_ptr.to(tl.pointer_type(tl.float32), bitcast=True)
-    return scales_ptr + (tl.multiple_of(records // 4, 4) + (SIDE.scales // 4 + offset))
+    ALIGN: tl.constexpr = SIDE.align
+    if SIDE.is_wide:
+        offset = offset.to(tl.int64)
+    row = SIDE.scales // 4 + offset * (SIDE.scale_slot_stride // 4)
+    return scales_ptr + (tl.multiple_of(records // 4, ALIGN // 4) + row)
 
 
 @triton.jit

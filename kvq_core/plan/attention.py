@@ -17,8 +17,8 @@ class AttentionPlan(NamedTuple):
     """The one or two launches of an attention.
 
     ``attend``: (q, pages, k_scale, v_scale, sinks or k_scale, alibi_slopes or k_scale, page_table, seq_lens,
-    cu_seqlens_q or seq_lens) -> (out, lse), or partial results for ``merge``: (partial_out, partial_lse, sinks or
-    k_scale, seq_lens, cu_seqlens_q or seq_lens) -> (out, lse).
+    cu_seqlens_q or seq_lens) -> (out, lse), or partial results for ``merge``: (partial, sinks or k_scale, seq_lens,
+    cu_seqlens_q or seq_lens) -> (out, lse).
     """
 
     attend: LaunchPlan
@@ -68,11 +68,46 @@ def plan_paged_attention(
     )
     if q.shape[0] == 0:
         return None
-    group = q.shape[1] // pages.shape[1]
-    queries = _few_queries(cu_seqlens_q, max_seqlen_q, group)
+    queries = _few_queries(cu_seqlens_q, max_seqlen_q, q.shape[1] // pages.shape[layout.head_axis])
+    spec, shape = specify_attention(
+        layout,
+        q,
+        pages,
+        queries=queries,
+        sm_scale=sm_scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        has_sinks=sinks is not None,
+        has_alibi=alibi_slopes is not None,
+        has_cu_seqlens=cu_seqlens_q is not None,
+        device=device,
+    )
+    if queries is None:
+        return AttentionPlan(plan_prefill(spec, shape, q, page_table, pages), None)
+    return _plan_decode(spec, q, page_table, pages, shape)
+
+
+def specify_attention(
+    layout: CacheLayout,
+    q: ArraySpec,
+    pages: ArraySpec,
+    *,
+    queries: int | None,
+    sm_scale: float | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    has_sinks: bool,
+    has_alibi: bool,
+    has_cu_seqlens: bool,
+    device: DeviceFacts,
+) -> tuple[AttentionSpec, AttentionShape]:
+    """The kernel for at most ``queries`` queries a sequence, its keys split over programs; None splits the queries."""
+    group = q.shape[1] // pages.shape[layout.head_axis]
     operands = _operands(layout, q.dtype, device)
     most_rows = _FLOAT32_ROWS if "float32" in operands else _MANY_ROWS
-    rows = _power_of_two(group, most_rows) if queries is None else min(_power_of_two(queries * group, 16), most_rows)
+    rows = _power_of_two(group, most_rows) if queries is None else min(_power_of_two(queries * group, 8), most_rows)
     records = pool_spec(layout, pages, device, least_dim=64 if rows >= _MANY_ROWS else 16)
     if queries is None:
         shape = _prefill_shape(records, group, rows, operands)
@@ -87,25 +122,26 @@ def plan_paged_attention(
         row_blocks=shape.row_blocks,
         queries=shape.queries,
         tile=shape.tile,
+        keys_first=rows < _MANY_ROWS,
         q_align=stride_align(q),
         k_operand=operands.k,
         v_operand=operands.v,
         fold_v_scales=operands.v != "float32",
-        v_parts=1 if rows >= _MANY_ROWS else 4,
+        v_parts=4 if records.v.code_bytes == 1 and rows < _MANY_ROWS else 1,
         p_shift=14.0 if operands.v == "float16" else 0.0,
         normalize_q=operands.k == "float16" and q.dtype == "bfloat16",
         sm_scale=float(layout.head_dim**-0.5 if sm_scale is None else sm_scale),
         causal=bool(causal),
         window=min(window or 0, _FAR),
         softcap=float(softcap or 0.0),
-        has_sinks=sinks is not None,
-        has_alibi=alibi_slopes is not None,
-        has_cu_seqlens=cu_seqlens_q is not None,
+        has_sinks=has_sinks,
+        has_alibi=has_alibi,
+        has_cu_seqlens=has_cu_seqlens,
+        overlap=queries is not None and device.has_pdl,
         programs=shape.programs,
+        part_stride=_part_stride(shape.queries * group, layout.head_dim_v),
     )
-    if queries is None:
-        return _plan_prefill(spec, q, page_table, pages, shape)
-    return _plan_decode(spec, q, page_table, pages, shape)
+    return spec, shape
 
 
 _FAR = 2**30  # a window that hides nothing, and still an int32 when added to a position
@@ -136,7 +172,9 @@ class _Operands(NamedTuple):
     v: str
 
 
-class _AttentionShape(NamedTuple):
+class AttentionShape(NamedTuple):
+    """What is chosen for a kernel and a device: the fields of `AttentionSpec` of these names, and launch options."""
+
     rows: int
     row_blocks: int
     queries: int
@@ -166,13 +204,13 @@ def _operands(layout: CacheLayout, q_dtype: str, device: DeviceFacts) -> _Operan
 
 def _decode_shape(
     records: RecordSpec, group: int, queries: int, rows: int, operands: _Operands, device: DeviceFacts
-) -> _AttentionShape:
+) -> AttentionShape:
     code_bytes = max(records.k.code_bytes, records.v.code_bytes)
     row_blocks = math.ceil(queries * group / rows)
     state = rows * max(records.k.padded_dim, records.v.padded_dim)
     num_warps = max(_FLOAT32_WARPS if "float32" in operands else 1, min(8, state // 2048))
     programs = device.num_sms * max(1, _DECODE_WARPS_PER_SM // num_warps)
-    return _AttentionShape(
+    return AttentionShape(
         rows=rows,
         row_blocks=row_blocks,
         queries=queries,
@@ -183,19 +221,21 @@ def _decode_shape(
     )
 
 
-def _prefill_shape(records: RecordSpec, group: int, rows: int, operands: _Operands) -> _AttentionShape:
-    return _AttentionShape(
+def _prefill_shape(records: RecordSpec, group: int, rows: int, operands: _Operands) -> AttentionShape:
+    code_bytes = max(records.k.code_bytes, records.v.code_bytes)
+    dim = max(records.k.padded_dim, records.v.padded_dim)
+    return AttentionShape(
         rows=rows,
         row_blocks=1,
         queries=rows // group,
-        tile=_tile(records, 2**15, most=64, operands=operands),
-        num_warps=4 if max(records.k.padded_dim, records.v.padded_dim) <= 256 else 8,
-        num_stages=2,
+        tile=_tile(records, 2**15, most=128, operands=operands),
+        num_warps=4 if dim <= 128 or (dim <= 256 and code_bytes == 1) else 8,
+        num_stages=3 if code_bytes == 2 and dim <= 128 else 2,
         programs=1,
     )
 
 
-def _fit(shape: _AttentionShape, records: RecordSpec, operands: _Operands, device: DeviceFacts) -> _AttentionShape:
+def _fit(shape: AttentionShape, records: RecordSpec, operands: _Operands, device: DeviceFacts) -> AttentionShape:
     """``shape`` with less prefetching and fewer keys a step, until it fits into shared memory."""
     while _shared_bytes(shape, records, operands) > device.shared_bytes and (shape.num_stages, shape.tile) != (1, 16):
         if shape.num_stages > 2 or shape.tile == 16:
@@ -205,7 +245,7 @@ def _fit(shape: _AttentionShape, records: RecordSpec, operands: _Operands, devic
     return shape
 
 
-def _shared_bytes(shape: _AttentionShape, records: RecordSpec, operands: _Operands) -> int:
+def _shared_bytes(shape: AttentionShape, records: RecordSpec, operands: _Operands) -> int:
     """An upper bound of what Triton allocates: q, probabilities, prefetched codes, the larger converted operand."""
     sides = (records.k, operands.k), (records.v, operands.v)
     buffers = shape.num_stages - (shape.rows < _MANY_ROWS or shape.num_stages > 2)
@@ -228,17 +268,21 @@ def _tile(records: RecordSpec, step_bytes: int, most: int, operands: _Operands) 
     return max(16, min(most, 1 << (step_bytes // key_bytes).bit_length() - 1))
 
 
+def _part_stride(rows: int, head_dim_v: int) -> int:
+    """Rows of values, which are multiples of 16 bytes, and a log-sum-exp for each; padded for the next part's rows."""
+    return rows * head_dim_v + math.ceil(rows / 4) * 4
+
+
 def _plan_decode(
-    spec: AttentionSpec, q: ArraySpec, page_table: ArraySpec, pages: ArraySpec, shape: _AttentionShape
+    spec: AttentionSpec, q: ArraySpec, page_table: ArraySpec, pages: ArraySpec, shape: AttentionShape
 ) -> AttentionPlan:
     records = spec.records
     num_segments = page_table.shape[0] + spec.programs
-    partial_rows = (num_segments, records.num_kv_heads, spec.queries * spec.group)
     attend = LaunchPlan(
         kernel="attend_segments",
         grid=(spec.programs * spec.row_blocks * records.num_kv_heads, 1, 1),
         scalars=_attend_scalars(spec, q, page_table, pages),
-        outputs=(Output((*partial_rows, records.v.head_dim), "float32"), Output(partial_rows, "float32")),
+        outputs=(Output((num_segments, records.num_kv_heads, spec.part_stride), "float32"),),
         constexprs=(("S", spec),),
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
@@ -259,14 +303,16 @@ def _plan_merge(spec: AttentionSpec, q: ArraySpec, page_table: ArraySpec) -> Lau
         constexprs=(("S", spec), ("PARTS", _MERGE_PARTS), ("COLUMNS", _MERGE_COLUMNS)),
         num_warps=1,
         enable_fp_fusion=True,
+        launch_pdl=spec.overlap,
     )
 
 
-def _plan_prefill(
-    spec: AttentionSpec, q: ArraySpec, page_table: ArraySpec, pages: ArraySpec, shape: _AttentionShape
-) -> AttentionPlan:
+def plan_prefill(
+    spec: AttentionSpec, shape: AttentionShape, q: ArraySpec, page_table: ArraySpec, pages: ArraySpec
+) -> LaunchPlan:
+    """The launch of ``attend_queries``."""
     num_tiles = math.ceil(q.shape[0] / spec.queries) + page_table.shape[0] + 1
-    attend = LaunchPlan(
+    return LaunchPlan(
         kernel="attend_queries",
         grid=(num_tiles * spec.records.num_kv_heads, 1, 1),
         scalars=_attend_scalars(spec, q, page_table, pages),
@@ -276,7 +322,6 @@ def _plan_prefill(
         num_stages=shape.num_stages,
         enable_fp_fusion=True,
     )
-    return AttentionPlan(attend, None)
 
 
 def _attend_scalars(spec: AttentionSpec, q: ArraySpec, page_table: ArraySpec, pages: ArraySpec) -> tuple[int, ...]:

@@ -6,10 +6,10 @@ import math
 from typing import NamedTuple
 
 from kvq_core import arguments
-from kvq_core.arguments import ArraySpec
+from kvq_core.arguments import ArraySpec, axis_stride
 from kvq_core.layout import CacheLayout
-from kvq_core.plan.launch import DeviceFacts, LaunchPlan, Output, cached, page_stride, pool_spec, stride_align
-from kvq_core.specs import AppendSpec, GatherSpec
+from kvq_core.plan.launch import DeviceFacts, LaunchPlan, Output, cached, pool_spec, stride_align
+from kvq_core.specs import AppendSpec, CopySpec, GatherSpec
 
 # Rows a program quantizes, and the most tokens whose duplicate slots one comparison [rows, tokens] can find.
 _APPEND_ROWS = 16
@@ -95,18 +95,30 @@ def plan_gather_kv(
         ValueError, TypeError: see `kvq_core.arguments.check_gather_kv`.
     """
     arguments.check_gather_kv(layout, pages, page_table, seq_lens, dtype)
+    return plan_gather(layout, pages, page_table, page_table.shape[1] * layout.page_size, dtype, device)
+
+
+def plan_gather(
+    layout: CacheLayout,
+    pages: ArraySpec,
+    page_table: ArraySpec,
+    num_tokens: int,
+    dtype: str,
+    device: DeviceFacts,
+    for_attention: bool = False,
+) -> LaunchPlan | None:
+    """The launch of ``gather_kv`` for the first ``num_tokens`` tokens of each sequence; None if that is nothing."""
     num_seqs, max_pages = page_table.shape
-    num_heads = pages.shape[1]
-    tokens = max_pages * layout.page_size
-    if num_seqs * tokens == 0:
+    num_heads = pages.shape[layout.head_axis]
+    if num_seqs * num_tokens == 0:
         return None
-    spec = GatherSpec(pool_spec(layout, pages, device), _GATHER_TILE, dtype)
+    spec = GatherSpec(pool_spec(layout, pages, device), _GATHER_TILE, dtype, for_attention)
     return LaunchPlan(
         kernel="gather_kv",
-        grid=(num_seqs * num_heads * math.ceil(tokens / spec.tile), 1, 1),
-        scalars=(pages.shape[0], max_pages),
+        grid=(num_seqs * num_heads * math.ceil(num_tokens / spec.tile), 1, 1),
+        scalars=(pages.shape[0], max_pages, num_tokens),
         outputs=tuple(
-            Output((num_seqs, tokens, num_heads, dim), dtype) for dim in (layout.head_dim, layout.head_dim_v)
+            Output((num_seqs, num_tokens, num_heads, dim), dtype) for dim in (layout.head_dim, layout.head_dim_v)
         ),
         constexprs=(("S", spec),),
         num_warps=4,
@@ -115,7 +127,7 @@ def plan_gather_kv(
 
 @cached
 def plan_copy_pages(pages: ArraySpec, src: ArraySpec, dst: ArraySpec, device: DeviceFacts) -> LaunchPlan | None:
-    """Plan `copy_pages`: (src, dst, pages) -> (pages); None if there are no pairs.
+    """Plan `copy_pages`: (src, dst, pages) -> (pages); None if there is nothing to copy.
 
     Raises:
         ValueError, TypeError: see `kvq_core.arguments.check_copy_pages`.
@@ -123,19 +135,33 @@ def plan_copy_pages(pages: ArraySpec, src: ArraySpec, dst: ArraySpec, device: De
     del device  # one plan serves all
     arguments.check_copy_pages(pages, src, dst)
     (num_pairs,) = src.shape
-    num_pages, num_heads, record_bytes = pages.shape
-    if num_pairs == 0:
+    if 0 in (num_pairs, pages.shape[0]):
         return None
-    page_words = num_heads * record_bytes // 4
+    spec = _copy_spec(pages)
     return LaunchPlan(
         kernel="copy_pages",
-        grid=(num_pairs * math.ceil(page_words / _COPY_WORDS), 1, 1),
-        scalars=(num_pairs, num_pages),
+        grid=(num_pairs * math.ceil(spec.page_words / spec.chunk), 1, 1),
+        scalars=(num_pairs, pages.shape[0]),
         outputs=(Output(pages.shape, "uint8", alias=2),),
-        constexprs=(
-            ("PAGE_WORDS", page_words),
-            ("PAGE_STRIDE_WORDS", page_stride(pages) // 4),
-            ("CHUNK", _COPY_WORDS),
-        ),
+        constexprs=(("S", spec),),
         num_warps=4,
+    )
+
+
+def _copy_spec(pages: ArraySpec) -> CopySpec:
+    """A page is one run if it is dense, in whatever order of its axes; else every row of its container is one."""
+    page_bytes = math.prod(pages.shape[1:])
+    span = 1 + sum((size - 1) * stride for size, stride in zip(pages.shape[1:], pages.strides[1:], strict=True))
+    if span == page_bytes:
+        inner_runs, run_bytes, inner_stride, outer_stride = 1, page_bytes, 0, 0
+    else:
+        (inner_runs, run_bytes), (outer_stride, inner_stride, _) = pages.shape[2:], pages.strides[1:]
+    return CopySpec(
+        page_words=page_bytes // 4,
+        page_stride=axis_stride(pages, 0) // 4,
+        run_words=run_bytes // 4,
+        inner_runs=inner_runs,
+        inner_stride=inner_stride // 4,
+        outer_stride=outer_stride // 4,
+        chunk=_COPY_WORDS,
     )

@@ -8,9 +8,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kvq_core.arguments import ArraySpec
+from kvq_core.arguments import ArraySpec, axis_stride
 from kvq_core.layout import CacheLayout
-from kvq_core.specs import RecordSpec, record_spec
+from kvq_core.specs import PoolStrides, RecordSpec, record_spec
 
 # Wraps the planning functions: equal calls get the same plan.
 cached = functools.lru_cache(maxsize=4096)
@@ -34,6 +34,11 @@ class DeviceFacts:
         if self.backend != "cuda":
             return "portable"
         return "ptx_fp8" if self.arch >= 89 else "ptx"
+
+    @property
+    def has_pdl(self) -> bool:
+        """Whether there is programmatic dependent launch: a kernel starts while the one before it ends."""
+        return self.backend == "cuda" and self.arch >= 90
 
     @property
     def shared_bytes(self) -> int:
@@ -66,16 +71,14 @@ class LaunchPlan:
     num_warps: int
     num_stages: int = 1
     enable_fp_fusion: bool = False
+    launch_pdl: bool = False  # start before the launch in front of it has ended: the kernel waits where it must
 
 
 def pool_spec(layout: CacheLayout, pages: ArraySpec, device: DeviceFacts, least_dim: int = 16) -> RecordSpec:
     """The records of ``pages`` as kernels see them."""
-    return record_spec(layout, pages.shape[1], page_stride(pages), device.caps, least_dim)
-
-
-def page_stride(pages: ArraySpec) -> int:
-    """Bytes from page to page. The stride of an axis of length 1 says nothing, and differs between frameworks."""
-    return pages.strides[0] if pages.shape[0] > 1 else math.prod(pages.shape[1:])
+    slot_stride = axis_stride(pages, layout.axes.index("page_size")) if layout.has_rows else None
+    strides = PoolStrides(axis_stride(pages, 0), axis_stride(pages, layout.head_axis), slot_stride)
+    return record_spec(layout, pages.shape[layout.head_axis], strides, device.caps, least_dim)
 
 
 def stride_align(x: ArraySpec) -> int:

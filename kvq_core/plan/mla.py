@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -9,9 +10,16 @@ from kvq_core.arguments import ArraySpec
 from kvq_core.mla import MLALayout
 from kvq_core.mla_arguments import check_mla_attention
 from kvq_core.modes import KVQuantMode
-from kvq_core.plan.attention import AttentionPlan, _attend_scalars, _attention_outputs, _plan_merge, _power_of_two
-from kvq_core.plan.launch import DeviceFacts, LaunchPlan, Output, cached, page_stride, stride_align
-from kvq_core.specs import AttentionSpec, RecordSpec, side_spec
+from kvq_core.plan.attention import (
+    AttentionPlan,
+    _attend_scalars,
+    _attention_outputs,
+    _part_stride,
+    _plan_merge,
+    _power_of_two,
+)
+from kvq_core.plan.launch import DeviceFacts, LaunchPlan, Output, cached, pool_spec, stride_align
+from kvq_core.specs import AttentionSpec, RecordSpec
 
 _SPLIT_ROWS = 256  # more query rows a sequence than this take a program each; parts of fewer are merged
 _WARPS_PER_SM = 8  # what fits: each thread uses most of the 255 registers it can have
@@ -38,7 +46,7 @@ def plan_mla_attention(
     """Plan `mla_attention`; None if there are no queries.
 
     ``attend``: (q, pages, k_scale, page_table, seq_lens, cu_seqlens_q or seq_lens) -> (out, lse), or partial results
-    for ``merge``: (partial_out, partial_lse, k_scale, seq_lens, cu_seqlens_q or seq_lens) -> (out, lse).
+    for ``merge``: (partial, k_scale, seq_lens, cu_seqlens_q or seq_lens) -> (out, lse).
 
     Raises:
         ValueError, TypeError: see `kvq_core.mla_arguments.check_mla_attention`.
@@ -69,6 +77,7 @@ def plan_mla_attention(
         row_blocks=shape.row_blocks,
         queries=shape.queries,
         tile=shape.tile,
+        keys_first=False,
         q_align=stride_align(q),
         k_operand=operands.rope,
         v_operand=operands.latent,
@@ -83,7 +92,9 @@ def plan_mla_attention(
         has_sinks=False,
         has_alibi=False,
         has_cu_seqlens=cu_seqlens_q is not None,
+        overlap=queries is not None and device.has_pdl,
         programs=shape.programs,
+        part_stride=_part_stride(shape.queries * num_heads, layout.kv_lora_rank),
     )
     if queries is None:
         return _plan_queries(spec, q, page_table, pages, shape)
@@ -193,28 +204,19 @@ def _shared_bytes(shape: _Shape, layout: MLALayout, operands: _Operands) -> int:
 
 def _record_spec(layout: MLALayout, pages: ArraySpec, device: DeviceFacts, least_dim: int) -> RecordSpec:
     """The rope part as K, what a key has besides its value, and the latent as V."""
-    fields = layout.fields
-    scales = fields["latent_scales"].offset if layout.mode.is_per_token_head else 0
-    return RecordSpec(
-        page_size=layout.page_size,
-        num_kv_heads=1,
-        record_bytes=layout.record_bytes,
-        page_stride=page_stride(pages),
-        k=side_spec(layout.rope_mode, layout.rope_dim, fields["rope_codes"].offset, 0, least_dim),
-        v=side_spec(layout.mode, layout.kv_lora_rank, fields["latent_codes"].offset, scales, least_dim),
-        caps=device.caps,
-    )
+    records = pool_spec(layout.records, pages, device, least_dim)
+    return dataclasses.replace(records, k=records.v, v=records.k)
 
 
 def _plan_segments(
     spec: AttentionSpec, q: ArraySpec, page_table: ArraySpec, pages: ArraySpec, shape: _Shape
 ) -> AttentionPlan:
-    partial_rows = (page_table.shape[0] + spec.programs, 1, spec.queries * spec.group)
+    num_segments = page_table.shape[0] + spec.programs
     attend = LaunchPlan(
         kernel="attend_mla_segments",
         grid=(spec.programs * spec.row_blocks, 1, 1),
         scalars=_attend_scalars(spec, q, page_table, pages),
-        outputs=(Output((*partial_rows, spec.records.v.head_dim), "float32"), Output(partial_rows, "float32")),
+        outputs=(Output((num_segments, 1, spec.part_stride), "float32"),),
         constexprs=(("S", spec),),
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,

@@ -1,4 +1,6 @@
-"""Write the golden file: inputs, and the literal bytes of the caches that hold them, for every mode.
+"""Write the golden files: inputs, and the literal bytes of the caches that hold them, for every mode.
+
+Row containers have a file of their own, made from the inputs of the first.
 
 Run ``python -m tests.golden.regenerate`` when, and only when, the format version changes.
 """
@@ -6,6 +8,7 @@ Run ``python -m tests.golden.regenerate`` when, and only when, the format versio
 from __future__ import annotations
 
 import hashlib
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +20,20 @@ from tests import inputs as make
 from tests.backends import NUMPY
 
 FILE = Path(__file__).with_name(f"format{FORMAT_VERSION}.npz")
+ROW_FILE = FILE.with_stem(f"{FILE.stem}-row")
 KV_CACHE_DTYPES = (*cases.MODES, "int8_per_token_head/fp8_e4m3")
+ROW_KV_CACHE_DTYPES = (*cases.ROW_MODES[:4], "bfloat16")
 PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM, HEAD_DIM_V = 5, 2, 32, 16
 SCALES = (0.37, 1.7)  # of per-tensor modes
 
 
-def layout_of(kv_cache_dtype: str) -> CacheLayout:
-    return CacheLayout(
-        kv_cache_dtype, page_size=PAGE_SIZE, num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM, head_dim_v=HEAD_DIM_V
-    )
+def layout_of(kv_cache_dtype: str, rows: str | None = None) -> CacheLayout:
+    return cases.layout_of(kv_cache_dtype, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM, HEAD_DIM_V, rows)
 
 
-def name_of(kv_cache_dtype: str, dtype: str) -> str:
+def name_of(kv_cache_dtype: str, dtype: str, rows: str | None = None) -> str:
     """The name in the file of the pages that ``dtype`` rows make."""
-    return f"pages-{kv_cache_dtype.replace('/', '+')}-from-{dtype}"
+    return f"{rows or 'pages'}-{kv_cache_dtype.replace('/', '+')}-from-{dtype}"
 
 
 def make_inputs() -> dict[str, np.ndarray]:
@@ -52,16 +55,18 @@ def inputs_of(golden: dict[str, np.ndarray], dtype: str) -> tuple[np.ndarray, np
     return k, v, golden[f"slots-{dtype}"]
 
 
-def make_pages(backend, golden: dict[str, np.ndarray], kv_cache_dtype: str, dtype: str) -> np.ndarray:
+def make_pages(
+    backend, golden: dict[str, np.ndarray], kv_cache_dtype: str, dtype: str, rows: str | None = None
+) -> np.ndarray:
     """What ``backend`` makes of the inputs in a fresh cache."""
-    layout = layout_of(kv_cache_dtype)
+    layout = layout_of(kv_cache_dtype, rows)
     k, v, slots = inputs_of(golden, dtype)
     fresh = np.zeros(layout.shape(-(-(len(k) + 3) // PAGE_SIZE)), np.uint8)
     return backend.append(layout, fresh, k, v, slots, SCALES)
 
 
 def make_golden() -> dict[str, np.ndarray]:
-    """Everything in the file, by name."""
+    """Everything in the first file, by name."""
     golden = make_inputs()
     for kv_cache_dtype in KV_CACHE_DTYPES:
         for dtype in cases.DTYPES:
@@ -69,9 +74,18 @@ def make_golden() -> dict[str, np.ndarray]:
     return golden
 
 
-def load_golden() -> dict[str, np.ndarray]:
-    """The file as committed."""
-    with np.load(FILE) as file:
+def make_golden_rows() -> dict[str, np.ndarray]:
+    """Everything in the file of row containers, by name."""
+    golden = make_inputs()
+    return {
+        name_of(mode, dtype, rows): make_pages(NUMPY, golden, mode, dtype, rows)
+        for rows, mode, dtype in itertools.product(cases.ROW_ORDERS, ROW_KV_CACHE_DTYPES, cases.DTYPES)
+    }
+
+
+def load_golden(path: Path = FILE) -> dict[str, np.ndarray]:
+    """A file as committed."""
+    with np.load(path) as file:
         return dict(file)
 
 
@@ -88,10 +102,10 @@ def _bits(x: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    """Write the file and print its digest."""
-    golden = make_golden()
-    np.savez_compressed(FILE, **golden)
-    print(f"{FILE.name}: {len(golden)} arrays, {FILE.stat().st_size} bytes on disk, sha256 {digest(golden)}")
+    """Write the files and print their digests."""
+    for path, golden in ((FILE, make_golden()), (ROW_FILE, make_golden_rows())):
+        np.savez_compressed(path, **golden)
+        print(f"{path.name}: {len(golden)} arrays, {path.stat().st_size} bytes on disk, sha256 {digest(golden)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,74 @@
+"""The table of what is supported where: it is in the README, it has no holes, and its cells follow from the cases."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import Phase, find, settings
+from hypothesis import strategies as st
+
+from tests import backends, support, test_properties
+from tests.support import COLUMNS, VARIANTS
+
+RANDOM_CASES = st.one_of(
+    test_properties.append_cases(), test_properties.gather_cases(), test_properties.attention_cases()
+)
+variants = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+
+
+def test_the_readme_holds_the_table_that_the_cases_give():
+    readme = support.README.read_text()
+    assert support.table() in readme, "run `python -m tests.support --write`"
+    assert support.with_table(readme) == readme, "run `python -m tests.support --write`"
+
+
+def test_every_backend_is_in_one_column():
+    names = [name for column in COLUMNS for name in column.names]
+    assert sorted(names) == sorted(backend.name for backend in backends.ALL)
+
+
+@variants
+def test_every_variant_is_covered_on_every_backend_that_has_it(variant):
+    covered = {column for column in COLUMNS if variant.covered(column)}
+    assert covered == {column for column in COLUMNS if column.framework not in variant.not_in}
+
+
+def test_every_case_is_one_of_some_variant():
+    conditions = [covers for variant in VARIANTS for covers in variant.conditions]
+    assert [case.name for case in support.CASES if not any(covers(case) for covers in conditions)] == []
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.drawn], ids=lambda variant: variant.name)
+def test_hypothesis_draws_every_variant_that_the_readme_says_it_draws(variant):
+    enough = settings(max_examples=1000, phases=[Phase.generate])
+    for covers in variant.conditions:
+        assert covers(find(RANDOM_CASES, covers, settings=enough))
+
+
+def test_a_cell_without_cases_claims_nothing():
+    nothing = dataclasses.replace(VARIANTS[0], covers=lambda case: False)
+    assert nothing.covered(*COLUMNS) == set()
+    assert support.text_of(set()) == "-"
+
+
+def test_a_cell_that_lacks_a_mode_names_those_it_has():
+    seen = support.Column("jax", "triton", "interpreter", ("jax-interpreter",))
+    variant = next(variant for variant in VARIANTS if variant.name.startswith("`merge_states`"))
+    assert variant.cells()[0] == "int8, e4m3, bf16"
+    assert variant.cells()[1 + COLUMNS.index(seen)] == "int8"
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"int8_per_token_head", "bfloat16"}, "int8, bf16"),
+        (set(support.SHORT_NAMES), "all"),
+        ({*support.SHORT_NAMES, "bfloat16/int8_per_token_head"}, "all, 1 pair"),
+        ({"fp8_e5m2", "bfloat16/int8_per_token_head", "float16/fp8_e4m3"}, "e5m2, 2 pairs"),
+        ({64}, "64"),
+        ({1, 128, 5}, "1 to 128 (3)"),
+    ],
+)
+def test_cells_read_as_modes_or_as_ranges(values, text):
+    assert support.text_of(values) == text
