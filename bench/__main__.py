@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import append, decode, gate, peers, plots, prefill, report, timing
+from bench import append, decode, gate, mla, peers, plots, prefill, report, timing
 from bench.cases import SECTIONS, DecodeCase, Selection, select
 from bench.rows import Row
 from tests import backends
@@ -83,7 +83,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _start_compiling(selection: Selection) -> list[Future]:
     prefills = {case.head_dim for case in selection.prefill} & set(prefill.FA3_HEAD_DIMS)
-    return peers.compile_in_background((case for _, case in selection.decodes), prefills)
+    return peers.compile_in_background((case for _, case in selection.decodes), prefills, bool(selection.mla))
 
 
 def _wait(compiling: list[Future]) -> Iterator[Row]:
@@ -111,6 +111,7 @@ def _measure_steps(selection: Selection, with_peers: bool) -> list[Step]:
     steps += [(case.name, lambda case=case: append.measure(case)) for case in selection.append]
     steps += [("host", lambda case=case: append.measure_host(case)) for case in selection.host]
     steps += [(case.name, lambda case=case: prefill.measure(case, with_peers)) for case in selection.prefill]
+    steps += [(case.name, lambda case=case: mla.measure(case, with_peers)) for case in selection.mla]
     return steps
 
 

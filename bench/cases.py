@@ -1,4 +1,4 @@
-"""The cases of the benchmark, with the bars of issue 3. Names are read by the table and the plots."""
+"""The cases of the benchmark, with the bars of issues 3 and 4 (MLA). Names are read by the table and the plots."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bench.rows import FLASHINFER, TORCH, Bar, Key
-from kvq_core import CacheLayout
+from kvq_core import CacheLayout, MLALayout
+from kvq_core.mla import MLA_MODES
 
 INT8, FP8, BF16 = "int8_per_token_head", "fp8_per_token_head", "bfloat16"
 FP8_TENSOR = "fp8_e4m3"  # FlashInfer's quantized cache: one scale for all
@@ -167,6 +168,46 @@ class PrefillCase:
         )
 
 
+@dataclass(frozen=True)
+class MLACase:
+    """MLA decoding: one query of ``num_heads`` heads a sequence. ``bar``: of the quantized or of all modes."""
+
+    name: str
+    num_heads: int
+    bar: Bar
+    batch: int = 64
+    context: int = 8 * K
+    page_size: int = 64
+    modes: tuple[str, ...] = MLA_MODES
+
+    def layout(self, mode: str) -> MLALayout:
+        return MLALayout(mode, page_size=self.page_size)
+
+    @property
+    def sm_scale(self) -> float:
+        """That of DeepSeek, whose heads have 128 elements without and 64 with rope before they become latents."""
+        return (128 + 64) ** -0.5
+
+    @property
+    def num_flops(self) -> float:
+        layout = self.layout(BF16)
+        return 2.0 * self.batch * self.context * self.num_heads * (layout.head_dim + layout.head_dim_v)
+
+    def num_bytes(self, mode: str) -> float:
+        """Bytes of the latents and rope parts that are read."""
+        return self.batch * self.context * self.layout(mode).bytes_per_token
+
+    def bar_of(self, mode: str) -> Bar | None:
+        return None if mode == BF16 and self.bar.quantity == "ratio" else self.bar
+
+    def as_decode(self) -> DecodeCase:
+        """A case with the same page table."""
+        return DecodeCase(self.name, (self.context,) * self.batch, page_size=self.page_size)
+
+    def shape(self) -> dict:
+        return {name: getattr(self, name) for name in ("batch", "context", "num_heads", "page_size")}
+
+
 def uniform(batch: int, context: int, name: str = "", **fields) -> DecodeCase:
     """``batch`` sequences of ``context`` keys, called like "64x8k" and then ``name``."""
     return DecodeCase(f"{batch}x{context // K}k {name}".strip(), (context,) * batch, **fields)
@@ -214,10 +255,11 @@ PREFILL = (
     PrefillCase(32 * K, 32 * K, _OF_DENSE, head_dim=256, modes=(INT8, FP8)),
     PrefillCase(2 * K, 32 * K, _OF_FA3),
 )
+MLA = (MLACase("mla 16 heads", 16, Bar("ratio", 0.65)), MLACase("mla 128 heads", 128, Bar("TFLOP/s", 300)))
 JAX_DECODE = tuple(case for case in DECODE if case.name in ("64x8k", "8x32k", "16x8k"))
 JAX_APPEND = APPEND[2:]
 HOST = uniform(1, 1 * K)
-SECTIONS = ("decode", "sweep", "append", "host", "prefill", "variants", "jax")
+SECTIONS = ("decode", "sweep", "append", "host", "prefill", "variants", "mla", "jax")
 
 
 @dataclass(frozen=True)
@@ -229,6 +271,7 @@ class Selection:
     variants: tuple[DecodeCase, ...] = ()
     append: tuple[AppendCase, ...] = ()
     prefill: tuple[PrefillCase, ...] = ()
+    mla: tuple[MLACase, ...] = ()
     jax_decode: tuple[DecodeCase, ...] = ()
     jax_append: tuple[AppendCase, ...] = ()
     host: tuple[DecodeCase, ...] = ()
@@ -257,6 +300,7 @@ def select(sections: Iterable[str], quick: bool) -> Selection:
         "variants": VARIANTS,
         "append": APPEND,
         "prefill": PREFILL,
+        "mla": MLA,
         "host": (HOST,),
         "jax_decode": JAX_DECODE,
         "jax_append": JAX_APPEND,

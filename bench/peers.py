@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable, Iterable
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from bench import pools, tables
-from bench.cases import BF16, FP8_TENSOR, DecodeCase, uniform
+from bench.cases import BF16, FP8_TENSOR, MLA, DecodeCase, MLACase, uniform
 
 WORKSPACE_BYTES = 2**30  # 32 query heads over one KV head ask for more than 256 MiB
 TOLERANCE = {
@@ -25,12 +26,16 @@ def is_installed() -> bool:
     return importlib.util.find_spec("flashinfer") is not None
 
 
-def compile_in_background(decodes: Iterable[DecodeCase], prefill_head_dims: Iterable[int]) -> list[Future]:
+def compile_in_background(
+    decodes: Iterable[DecodeCase], prefill_head_dims: Iterable[int], has_mla: bool
+) -> list[Future]:
     """Start FlashInfer's compilations, 40 to 130 s each, side by side; wait for the futures before timing."""
     modules = {(mode, case.head_dim) for case in decodes for mode in case.peers}
     pool = ThreadPoolExecutor(max_workers=8)
     futures = [pool.submit(_compile_prefill, head_dim) for head_dim in prefill_head_dims]
     futures += [pool.submit(_compile_decode, *module) for module in sorted(modules)]
+    if has_mla:
+        futures.append(pool.submit(_compile_mla))
     pool.shutdown(wait=False)
     return futures
 
@@ -53,6 +58,31 @@ def decode_calls(case: DecodeCase, mode: str, qs: list[torch.Tensor]) -> list[Ca
     return [
         functools.partial(wrapper.run, q, pool, out=torch.empty_like(q)) for q, pool in zip(qs, pools_, strict=True)
     ]
+
+
+def mla_call(case: MLACase, q: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """MLA decoding in bfloat16."""
+    import flashinfer
+
+    layout, decode = case.layout(BF16), case.as_decode()
+    starts, ids, _ = _page_lists(decode)
+    wrapper = flashinfer.mla.BatchMLAPagedAttentionWrapper(_workspace(), backend="auto")
+    wrapper.plan(
+        torch.arange(case.batch + 1, dtype=torch.int32, device="cuda"),
+        starts,
+        ids,
+        torch.full((case.batch,), case.context, dtype=torch.int32, device="cuda"),
+        case.num_heads,
+        layout.kv_lora_rank,
+        layout.rope_dim,
+        case.page_size,
+        False,
+        case.sm_scale,
+        torch.bfloat16,
+        torch.bfloat16,
+    )
+    q_nope, q_pe = (part.contiguous() for part in q.split([layout.kv_lora_rank, layout.rope_dim], dim=-1))
+    return functools.partial(wrapper.run, q_nope, q_pe, *pools.flashinfer_mla_pools(case), return_lse=False)
 
 
 def prefill_calls(case: DecodeCase, qs: list[torch.Tensor]) -> list[Callable[[], torch.Tensor]]:
@@ -96,3 +126,9 @@ def _compile_decode(mode: str, head_dim: int) -> None:
 def _compile_prefill(head_dim: int) -> None:
     case = DecodeCase("", (1024,), head_dim=head_dim, queries=1024)
     prefill_calls(case, [pools.queries(case, 0)])[0]()
+
+
+def _compile_mla() -> None:
+    case = dataclasses.replace(MLA[0], batch=1, context=1024)
+    q = torch.zeros((1, case.num_heads, case.layout(BF16).head_dim), dtype=torch.bfloat16, device="cuda")
+    mla_call(case, q)()

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 
 import kvq_torch
-from bench.cases import FP8_TENSOR, DecodeCase
+from bench.cases import BF16, FP8_TENSOR, DecodeCase, MLACase
 
 CHUNK_TOKENS = 2**17
+MLA_SCALE = 2.0**-6  # of fp8_e4m3: normal values fill its range
 
 
 def queries(case: DecodeCase, seed: int) -> torch.Tensor:
@@ -38,6 +39,34 @@ def flashinfer_pool(case: DecodeCase, mode: str, seed: int) -> torch.Tensor:
             pages = values.view(-1, case.page_size, *row)
             pool[first : first + len(pages), side] = pages.to(dtype)
     return pool
+
+
+def mla_cache(case: MLACase, mode: str) -> kvq_torch.KVCache:
+    """An MLA cache whose every slot holds a token."""
+    cache = kvq_torch.KVCache(case.layout(mode), case.as_decode().num_pages, device="cuda", k_scale=MLA_SCALE)
+    for start, kv_c, k_pe in _mla_tokens(case):
+        kvq_torch.append_mla_(cache, kv_c, k_pe, torch.arange(start, start + len(kv_c), device="cuda"))
+    return cache
+
+
+def flashinfer_mla_pools(case: MLACase) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values of `mla_cache` in bfloat16: latents ``[num_pages, page_size, rank]``, and rope parts."""
+    sides = zip(*((kv_c, k_pe) for _, kv_c, k_pe in _mla_tokens(case)), strict=True)
+    latents, ropes = (torch.cat(side).view(-1, case.page_size, side[0].shape[-1]) for side in sides)
+    return latents, ropes
+
+
+def _mla_tokens(case: MLACase) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """The tokens of a pool in chunks: the first slot, latents and rope parts."""
+    generator, layout = _generator(0), case.layout(BF16)
+    num_slots = case.as_decode().num_pages * case.page_size
+    for start in range(0, num_slots, CHUNK_TOKENS):
+        count = min(CHUNK_TOKENS, num_slots - start)
+        kv_c, k_pe = (
+            torch.randn((count, dim), dtype=torch.bfloat16, device="cuda", generator=generator)
+            for dim in (layout.kv_lora_rank, layout.rope_dim)
+        )
+        yield start, kv_c, k_pe
 
 
 def _tokens(case: DecodeCase, seed: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:

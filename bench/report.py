@@ -13,7 +13,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from bench.rows import Key, Row, meets_bar, ratio
+from bench.rows import RATES, Key, Row, meets_bar, ratio
 
 PACKAGES = ("torch", "triton", "jax", "jax-triton", "flashinfer-python", "numpy", "ml-dtypes")
 
@@ -115,7 +115,7 @@ def _ratio_cell(row: Row, value: float | None) -> str:
 def _bar_cell(row: Row, is_met: bool | None) -> str:
     if row.bar is None:
         return ""
-    sign = ">=" if row.bar.quantity == "TB/s" else "<="
+    sign = ">=" if row.bar.quantity in RATES else "<="
     unit = "" if row.bar.quantity == "ratio" else f" {row.bar.quantity}"
     verdict = {True: "[green]met[/]", False: "[red]missed[/]", None: "?"}[is_met]
     return f"{sign} {row.bar.limit:g}{unit} {verdict}"

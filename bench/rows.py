@@ -9,7 +9,8 @@ from typing import Literal, NamedTuple
 
 TORCH, JAX, FLASHINFER, LIBRARY = "kvq torch", "kvq jax", "FlashInfer", "torch SDPA"
 KERNEL = "kvq kernel"  # prefill without a library
-Quantity = Literal["ratio", "us", "TB/s"]
+Quantity = Literal["ratio", "us", "TB/s", "TFLOP/s"]
+RATES = ("TB/s", "TFLOP/s")  # more is better
 Key = tuple[str, str, str]  # case, implementation, mode of a row
 
 
@@ -26,13 +27,13 @@ class Timing(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """A bound from issue 3: at most ``limit`` times the peer or microseconds, at least ``limit`` TB/s."""
+    """A bound of an issue: at most ``limit`` times the peer or microseconds, at least ``limit`` TB/s or TFLOP/s."""
 
     quantity: Quantity
     limit: float
 
     def is_met(self, value: float) -> bool:
-        return value >= self.limit if self.quantity == "TB/s" else value <= self.limit
+        return value >= self.limit if self.quantity in RATES else value <= self.limit
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Row:
         num_bytes: least bytes that one call moves: KV read, or rows read and records written. 0 if it is no measure.
         num_flops: floating-point operations of the two products of attention. 0 for an append.
         versus: the row whose time divides this one's; the ratio is missing where that row is.
-        bar: the bound that issue 3 sets, if any.
+        bar: the bound that an issue sets, if any.
     """
 
     section: str
@@ -97,6 +98,6 @@ def meets_bar(row: Row, ratio_to_peer: float | None) -> bool | None:
     """Whether the bar of ``row`` is met; None where there is none, or no row to hold it against."""
     if row.bar is None:
         return None
-    values = {"ratio": ratio_to_peer, "us": row.timing.median_us, "TB/s": row.tb_per_s}
+    values = {"ratio": ratio_to_peer, "us": row.timing.median_us, "TB/s": row.tb_per_s, "TFLOP/s": row.tflop_per_s}
     value = values[row.bar.quantity]
     return None if value is None else row.bar.is_met(value)

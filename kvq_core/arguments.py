@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from kvq_core.layout import FIELD_ALIGNMENT, RECORD_AXES, ROW_AXES, CacheLayout
+from kvq_core.mla import MLALayout
 
 ROW_ALIGNMENT = 4  # bytes: a row scale, and the words that kernels read 8-bit codes of V in
 FLOAT_DTYPES = ("bfloat16", "float16", "float32")
@@ -139,8 +140,7 @@ def check_paged_attention(
     for name, spec in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
         if spec is not None:
             _check_vector(name, spec, ("float32",), "num_q_heads", q.shape[1])
-    if not isinstance(causal, bool):
-        raise TypeError(f"expected causal to be True or False; got {causal!r}")
+    _check_bool("causal", causal)
     check_count("max_seqlen_q", max_seqlen_q)
     check_count("window", window)
     _check_number("sm_scale", sm_scale)
@@ -188,7 +188,7 @@ def _parts(specs: ArraySpec | Sequence[ArraySpec]) -> list[ArraySpec]:
     return [ArraySpec(specs.dtype, specs.shape[1:], specs.strides[1:])] * (specs.shape[0] if specs.shape else 0)
 
 
-def _check_pages(pages: ArraySpec, layout: CacheLayout | None = None) -> int:
+def _check_pages(pages: ArraySpec, layout: CacheLayout | MLALayout | None = None) -> int:
     """Check a pool of pages, against ``layout`` if given; return the number of KV heads it holds.
 
     Records lie one after the other in their page. The rows of a row container may lie anywhere, in any order of axes,
@@ -333,6 +333,11 @@ def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
             return False
         expected *= size
     return True
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"expected {name} to be True or False; got {value!r}")
 
 
 def check_count(name: str, value: Any) -> None:

@@ -69,6 +69,31 @@ class MLALayout:
         """One: all query heads read the same rows."""
         return 1
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """What the axes of the pages are: those of records."""
+        return self.records.axes
+
+    @property
+    def head_axis(self) -> int:
+        """The axis of the pages with the one head."""
+        return self.records.head_axis
+
+    @property
+    def has_rows(self) -> bool:
+        """False: an MLA cache is held in records."""
+        return self.records.has_rows
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of a key as attention sees it, ``[latent | rope]``."""
+        return self.kv_lora_rank + self.rope_dim
+
+    @property
+    def head_dim_v(self) -> int:
+        """Elements of a value as attention sees it, the latent."""
+        return self.kv_lora_rank
+
     @functools.cached_property
     def records(self) -> CacheLayout:
         """The same bytes as a cache of one KV head: K is the latent, V the rope part."""

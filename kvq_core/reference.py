@@ -23,11 +23,13 @@ from kvq_core.arguments import (
 )
 from kvq_core.codec import decode_rows, encode_rows
 from kvq_core.layout import CacheLayout
+from kvq_core.mla import MLALayout
+from kvq_core.mla_arguments import check_append_mla, check_gather_mla, check_mla_attention
 
 _QUERY_TILE = 64  # bounds the memory of the scores
 
 
-def record_field(layout: CacheLayout, pages: np.ndarray, name: str) -> np.ndarray:
+def record_field(layout: CacheLayout | MLALayout, pages: np.ndarray, name: str) -> np.ndarray:
     """Return one field of all records as a writable view.
 
     Args:
@@ -197,30 +199,121 @@ def paged_attention(
         sinks=_optional_spec(sinks),
         alibi_slopes=_optional_spec(alibi_slopes),
     )
-    num_q_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads = pages.shape[layout.head_axis]
-    heads = (num_kv_heads, num_q_heads // num_kv_heads)  # query head h reads KV head h // heads[1]
+    heads = (num_kv_heads, q.shape[1] // num_kv_heads)  # query head h reads KV head h // heads[1]
     scoring = _Scoring(
-        sm_scale=head_dim**-0.5 if sm_scale is None else sm_scale,
+        sm_scale=q.shape[2] ** -0.5 if sm_scale is None else sm_scale,
+        causal=causal,
+        window=window,
         softcap=softcap,
         slopes=_per_head(alibi_slopes, heads, default=0.0),
         sinks=_per_head(sinks, heads, default=-np.inf),
     )
-    q = q.astype(np.float64).reshape(num_q_tokens, *heads, head_dim)
-    head_dim_v = record_field(layout, pages, "v_codes").shape[-1]
-    out = np.zeros((num_q_tokens, *heads, head_dim_v))
-    lse = np.full((num_q_tokens, *heads), -np.inf)
-    ends = np.arange(1, len(seq_lens) + 1) if cu_seqlens_q is None else cu_seqlens_q[1:]
-    start = 0
-    for page_ids, seq_len, end in zip(page_table, seq_lens.tolist(), ends.tolist(), strict=True):
-        page_ids = page_ids[: max(0, -(-seq_len // layout.page_size))]
-        k, v = (_by_head(x) for x in _read_pages(layout, pages, page_ids, k_scale, v_scale))
-        for tile in (slice(i, min(i + _QUERY_TILE, end)) for i in range(start, end, _QUERY_TILE)):
-            positions = np.arange(tile.start, tile.stop) + (seq_len - end)
-            first, stop = _visible_keys(positions, seq_len, causal, window)
-            out[tile], lse[tile] = _attend(scoring, q[tile], k, v, positions, first, stop)
-        start = end
-    return out.reshape(num_q_tokens, num_q_heads, head_dim_v), lse.reshape(num_q_tokens, num_q_heads)
+    return _attend_sequences(scoring, layout, q, pages, page_table, seq_lens, cu_seqlens_q, (k_scale, v_scale))
+
+
+def append_mla(
+    layout: MLALayout,
+    pages: np.ndarray,
+    kv_c: np.ndarray,
+    k_pe: np.ndarray,
+    slot_mapping: np.ndarray,
+    k_scale: float | np.ndarray = 1.0,
+) -> None:
+    """Quantize new tokens of an MLA cache and write them to their slots, in place; rules as `append_kv`.
+
+    Args:
+        layout: the layout of ``pages``.
+        pages: uint8 ``[num_pages, 1, record_bytes]``, written.
+        kv_c: the latents, bfloat16, float16 or float32 ``[num_tokens, kv_lora_rank]``.
+        k_pe: the rope parts, the same with ``rope_dim``.
+        slot_mapping: int32 or int64 ``[num_tokens]``, ``page * page_size + offset`` of each token.
+        k_scale: float32 scalar of a per-tensor mode, of both parts.
+
+    Raises:
+        TypeError, ValueError: see `kvq_core.mla_arguments.check_append_mla`.
+    """
+    check_append_mla(layout, _spec(pages), _spec(kv_c), _spec(k_pe), _spec(slot_mapping))
+    append_kv(layout.records, pages, kv_c[:, None], k_pe[:, None], slot_mapping, k_scale, k_scale)
+
+
+def gather_mla(
+    layout: MLALayout,
+    pages: np.ndarray,
+    page_table: np.ndarray,
+    seq_lens: np.ndarray,
+    k_scale: float | np.ndarray = 1.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read sequences of an MLA cache back as dense values.
+
+    Args:
+        layout: the layout of ``pages``.
+        pages: uint8 ``[num_pages, 1, record_bytes]``.
+        page_table: int32 ``[num_seqs, max_pages]``.
+        seq_lens: int32 ``[num_seqs]``.
+        k_scale: float32 scalar of a per-tensor mode, of both parts.
+
+    Returns:
+        Latents ``[num_seqs, max_pages * page_size, kv_lora_rank]`` and rope parts with ``rope_dim``, float32: zero at
+        and past each length, NaN for the tokens of a page outside the pool.
+
+    Raises:
+        TypeError, ValueError: see `kvq_core.mla_arguments.check_gather_mla`.
+    """
+    check_gather_mla(layout, _spec(pages), _spec(page_table), _spec(seq_lens))
+    latent, rope = gather_kv(layout.records, pages, page_table, seq_lens, k_scale, k_scale)
+    return latent[:, :, 0], rope[:, :, 0]
+
+
+@np.errstate(all="ignore")
+def mla_attention(
+    layout: MLALayout,
+    q: np.ndarray,
+    pages: np.ndarray,
+    page_table: np.ndarray,
+    seq_lens: np.ndarray,
+    *,
+    sm_scale: float,
+    cu_seqlens_q: np.ndarray | None = None,
+    max_seqlen_q: int | None = None,
+    causal: bool = True,
+    k_scale: float | np.ndarray = 1.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Attend over the cached latents: `paged_attention` where a key is ``[latent | rope]`` and its value the latent.
+
+    Args:
+        layout: the layout of ``pages``.
+        q: bfloat16, float16 or float32 ``[num_q_tokens, num_heads, kv_lora_rank + rope_dim]``.
+        pages: uint8 ``[num_pages, 1, record_bytes]``.
+        page_table: int32 ``[num_seqs, max_pages]``.
+        seq_lens: int32 ``[num_seqs]``, the KV lengths, queries included.
+        sm_scale: multiplies the scores.
+        cu_seqlens_q: int32 ``[num_seqs + 1]`` from 0, the rows of q of each sequence; None for one query each.
+        max_seqlen_q: the caller's promise of the most queries of a sequence; without effect here.
+        causal: whether a query sees no later key.
+        k_scale: float32 scalar of a per-tensor mode, of both parts.
+
+    Returns:
+        Values ``[num_q_tokens, num_heads, kv_lora_rank]`` and log-sum-exp ``[num_q_tokens, num_heads]``, float64.
+
+    Raises:
+        TypeError, ValueError: see `kvq_core.mla_arguments.check_mla_attention`.
+    """
+    check_mla_attention(
+        layout,
+        _spec(q),
+        _spec(pages),
+        _spec(page_table),
+        _spec(seq_lens),
+        cu_seqlens_q=_optional_spec(cu_seqlens_q),
+        max_seqlen_q=max_seqlen_q,
+        sm_scale=sm_scale,
+        causal=causal,
+    )
+    heads = (1, q.shape[1])
+    no_slopes, no_sinks = _per_head(None, heads, default=0.0), _per_head(None, heads, default=-np.inf)
+    scoring = _Scoring(sm_scale, causal, window=None, softcap=None, slopes=no_slopes, sinks=no_sinks)
+    return _attend_sequences(scoring, layout, q, pages, page_table, seq_lens, cu_seqlens_q, (k_scale, k_scale))
 
 
 @np.errstate(all="ignore")
@@ -260,9 +353,40 @@ class _Scoring(NamedTuple):
     """How scores come from dot products: numbers, and float64 ``[num_kv_heads, num_q_heads / num_kv_heads]``."""
 
     sm_scale: float
+    causal: bool
+    window: int | None
     softcap: float | None
     slopes: np.ndarray
     sinks: np.ndarray
+
+
+def _attend_sequences(
+    scoring: _Scoring,
+    layout: CacheLayout | MLALayout,
+    q: np.ndarray,
+    pages: np.ndarray,
+    page_table: np.ndarray,
+    seq_lens: np.ndarray,
+    cu_seqlens_q: np.ndarray | None,
+    scales: tuple[float | np.ndarray, float | np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Attend from all queries, sequence by sequence."""
+    num_q_tokens, num_q_heads, head_dim = q.shape
+    heads = scoring.slopes.shape
+    q = q.astype(np.float64).reshape(num_q_tokens, *heads, head_dim)
+    out = np.zeros((num_q_tokens, *heads, layout.head_dim_v))
+    lse = np.full((num_q_tokens, *heads), -np.inf)
+    ends = np.arange(1, len(seq_lens) + 1) if cu_seqlens_q is None else cu_seqlens_q[1:]
+    start = 0
+    for page_ids, seq_len, end in zip(page_table, seq_lens.tolist(), ends.tolist(), strict=True):
+        page_ids = page_ids[: max(0, -(-seq_len // layout.page_size))]
+        k, v = (_by_head(x) for x in _read_keys(layout, pages, page_ids, scales))
+        for tile in (slice(i, min(i + _QUERY_TILE, end)) for i in range(start, end, _QUERY_TILE)):
+            positions = np.arange(tile.start, tile.stop) + (seq_len - end)
+            first, stop = _visible_keys(positions, seq_len, scoring.causal, scoring.window)
+            out[tile], lse[tile] = _attend(scoring, q[tile], k, v, positions, first, stop)
+        start = end
+    return out.reshape(num_q_tokens, num_q_heads, layout.head_dim_v), lse.reshape(num_q_tokens, num_q_heads)
 
 
 def _visible_keys(
@@ -323,6 +447,19 @@ def _per_head(x: np.ndarray | None, heads: tuple[int, int], default: float) -> n
 def _by_head(rows: np.ndarray) -> np.ndarray:
     """float64 ``[num_kv_heads, num_tokens, n]`` of ``[num_tokens, num_kv_heads, n]``."""
     return rows.swapaxes(0, 1).astype(np.float64, order="C")
+
+
+def _read_keys(
+    layout: CacheLayout | MLALayout,
+    pages: np.ndarray,
+    page_ids: np.ndarray,
+    scales: tuple[float | np.ndarray, float | np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """float32 K and V ``[n * page_size, num_kv_heads, dim]`` as attention sees them."""
+    if isinstance(layout, CacheLayout):
+        return _read_pages(layout, pages, page_ids, *scales)
+    latent, rope = _read_pages(layout.records, pages, page_ids, *scales)
+    return np.concatenate([latent, rope], axis=-1), latent
 
 
 def _read_pages(

@@ -21,6 +21,7 @@ from kvq_core.plan import (
     plan_append_kv,
     plan_copy_pages,
     plan_gather_kv,
+    plan_mla_attention,
     plan_paged_attention,
 )
 from kvq_jax._interop import array_spec, device_facts, optional_spec, vary_like
@@ -107,6 +108,35 @@ def paged_attention(
     results = launch(plan.attend, device, q, pages, *scales, sinks, slopes, page_table, seq_lens, cu_seqlens_q)
     if plan.merge is not None:
         results = launch(plan.merge, device, *results, sinks, seq_lens, cu_seqlens_q)
+    out, lse = results
+    return out, lse
+
+
+def mla_attention(
+    q: jax.Array,
+    cache: KVCache,
+    page_table: jax.Array,
+    seq_lens: jax.Array,
+    *,
+    cu_seqlens_q: jax.Array | None,
+    **numbers: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Return values in q's dtype ``[num_q_tokens, num_heads, kv_lora_rank]`` and log-sum-exp, float32."""
+    layout, pages, device = cache.layout, cache.pages, device_facts(cache.pages)
+    plan = plan_mla_attention(
+        layout,
+        *(array_spec(x) for x in (q, pages, page_table, seq_lens)),
+        cu_seqlens_q=optional_spec(cu_seqlens_q),
+        **numbers,
+        device=device,
+    )
+    if plan is None:
+        out = jnp.zeros((*q.shape[:2], layout.head_dim_v or 0), q.dtype)
+        return out, jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
+    cu_seqlens_q = seq_lens if cu_seqlens_q is None else cu_seqlens_q
+    results = launch(plan.attend, device, q, pages, cache.k_scale, page_table, seq_lens, cu_seqlens_q)
+    if plan.merge is not None:
+        results = launch(plan.merge, device, *results, cache.k_scale, seq_lens, cu_seqlens_q)
     out, lse = results
     return out, lse
 

@@ -7,13 +7,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kvq_core.layout import CacheLayout
+from kvq_core.mla_arguments import check_kind
 from kvq_jax._codec import cast, encode_rows
 from kvq_jax._interop import platform
 from kvq_jax._pages import is_page, read_pages, read_records, to_pool, write_rows
-from kvq_jax._xla_attention import paged_attention
+from kvq_jax._xla_attention import mla_attention, paged_attention
 from kvq_jax.cache import KVCache
 
-__all__ = ["append_kv", "copy_pages", "gather_kv", "paged_attention"]
+__all__ = ["append_kv", "copy_pages", "gather_kv", "mla_attention", "paged_attention"]
 
 
 def append_kv(cache: KVCache, k: jax.Array, v: jax.Array, slot_mapping: jax.Array) -> jax.Array:
@@ -22,7 +24,7 @@ def append_kv(cache: KVCache, k: jax.Array, v: jax.Array, slot_mapping: jax.Arra
     Raises:
         NotImplementedError: quantized modes on a GPU, where XLA divides approximately and the bytes would differ.
     """
-    layout, pages = cache.layout, cache.pages
+    layout, pages = check_kind(cache.layout, CacheLayout), cache.pages
     if platform(pages) != "cpu" and (layout.k_mode.is_quantized or layout.v_mode.is_quantized):
         raise NotImplementedError(
             f"expected a CPU, or an unquantized mode, for append_kv with impl='xla'; got {layout.kv_cache_dtype} on "
@@ -33,7 +35,7 @@ def append_kv(cache: KVCache, k: jax.Array, v: jax.Array, slot_mapping: jax.Arra
 
 @jax.jit
 def _append_kv(cache: KVCache, k: jax.Array, v: jax.Array, slot_mapping: jax.Array) -> jax.Array:
-    layout, pages = cache.layout, cache.pages
+    layout, pages = check_kind(cache.layout, CacheLayout), cache.pages
     page_ids, offsets = jnp.divmod(jnp.where(_is_last(slot_mapping), slot_mapping, -1), layout.page_size)
     page_ids = to_pool(page_ids, pages)
     for side, x, mode, scale in (("k", k, layout.k_mode, cache.k_scale), ("v", v, layout.v_mode, cache.v_scale)):

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kvq_core.mla import MLALayout
 from kvq_jax._interop import vary_like
 from kvq_jax._pages import is_page, read_pages
-from kvq_jax.cache import KVCache
+from kvq_jax.cache import KVCache, as_records
 
 MAX_TILE_QUERIES = 128  # a sequence with fewer queries wastes the rest of its tile
 MAX_TILE_SCORES = 1 << 22  # 16 MB of float32, of which a handful are alive at once
@@ -88,12 +89,33 @@ def paged_attention(
     return out, lse.reshape(num_q_tokens, num_q_heads)
 
 
+def mla_attention(
+    q: jax.Array,
+    cache: KVCache,
+    page_table: jax.Array,
+    seq_lens: jax.Array,
+    *,
+    cu_seqlens_q: jax.Array | None,
+    max_seqlen_q: int | None,
+    sm_scale: float,
+    causal: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """`paged_attention` where a key is ``[latent | rope]`` and its value the latent."""
+    options = {"window": None, "softcap": None, "sinks": None, "alibi_slopes": None}
+    numbers = {"max_seqlen_q": max_seqlen_q, "sm_scale": sm_scale, "causal": causal}
+    return paged_attention(q, cache, page_table, seq_lens, cu_seqlens_q=cu_seqlens_q, **numbers, **options)
+
+
 def _tile_queries(max_queries: int, scores_per_query: int) -> int:
     return max(1, min(max_queries, MAX_TILE_QUERIES, MAX_TILE_SCORES // max(1, scores_per_query)))
 
 
 def _read_keys(cache: KVCache, page_ids: jax.Array, seq_len: jax.Array) -> _Keys:
-    k, v = read_pages(cache, page_ids)
+    if isinstance(cache.layout, MLALayout):
+        v, rope = read_pages(as_records(cache), page_ids)
+        k = jnp.concatenate([v, rope], axis=-1)
+    else:
+        k, v = read_pages(cache, page_ids)
     is_foreign = jnp.repeat(~is_page(page_ids, cache.pages), cache.layout.page_size)
     is_readable = (jnp.arange(k.shape[0]) < seq_len) & ~is_foreign
     return _Keys(seq_len, k, jnp.where(is_readable[:, None, None], v, 0), is_foreign)

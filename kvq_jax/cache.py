@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvq_core.layout import CacheLayout
+from kvq_core.mla import MLALayout
 
 
 @jax.tree_util.register_dataclass
@@ -29,18 +30,18 @@ class KVCache:
             the local KV heads.
         k_scale: float32 ``[]``, the scale of K in a per-tensor mode.
         v_scale: float32 ``[]``, the scale of V in a per-tensor mode.
-        layout: the byte layout; static, so that another layout is another trace.
+        layout: the byte layout, a `CacheLayout` or an `MLALayout`; static, so that another layout is another trace.
     """
 
     pages: jax.Array
     k_scale: jax.Array
     v_scale: jax.Array
-    layout: CacheLayout = field(metadata={"static": True})
+    layout: CacheLayout | MLALayout = field(metadata={"static": True})
 
     @classmethod
     def create(
         cls,
-        layout: CacheLayout,
+        layout: CacheLayout | MLALayout,
         num_pages: int | None = None,
         *,
         pages: Any = None,
@@ -72,17 +73,24 @@ class KVCache:
         return cls(pages, _scalar("k_scale", k_scale), _scalar("v_scale", v_scale), layout)
 
 
+def as_records(cache: KVCache) -> KVCache:
+    """The same pages of an MLA cache as those of one KV head: K is the latent, V the rope part, of one scale."""
+    if not isinstance(cache.layout, MLALayout):
+        return cache
+    return replace(cache, layout=cache.layout.records, v_scale=cache.k_scale)
+
+
 def _both(num_pages: Any) -> str:
     return "neither" if num_pages is None else "both"
 
 
-def _zero_pages(layout: CacheLayout, num_pages: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
+def _zero_pages(layout: CacheLayout | MLALayout, num_pages: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
     if isinstance(num_pages, bool) or not hasattr(num_pages, "__index__") or num_pages.__index__() < 0:
         raise ValueError(f"expected num_pages to be an integer from 0; got {num_pages!r}")
     return jnp.zeros(layout.shape(num_pages.__index__()), jnp.uint8, device=sharding)
 
 
-def _check_pages(layout: CacheLayout, pages: Any) -> None:
+def _check_pages(layout: CacheLayout | MLALayout, pages: Any) -> None:
     if not isinstance(pages, jax.Array | np.ndarray):
         raise TypeError(f"expected pages to be a JAX or numpy array; got {type(pages).__name__}")
     if pages.dtype != np.uint8:

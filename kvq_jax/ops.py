@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from kvq_core.arguments import check_append_kv, check_copy_pages, check_count, check_gather_kv, check_paged_attention
+from kvq_core.layout import CacheLayout
+from kvq_core.mla_arguments import check_kind
 from kvq_jax import _cudnn, _triton, _xla
 from kvq_jax._interop import Array, array_spec, as_jax, optional_spec, platform
 from kvq_jax.cache import KVCache
@@ -38,9 +40,10 @@ def append_kv(cache: KVCache, k: Array, v: Array, slot_mapping: Array, *, impl: 
         TypeError, ValueError: an argument is not as above.
         NotImplementedError: ``impl`` does not support this call.
     """
+    layout = check_kind(cache.layout, CacheLayout)
     implementation = _implementation(impl, cache)
     k, v, slot_mapping = as_jax("k", k), as_jax("v", v), as_jax("slot_mapping", slot_mapping)
-    check_append_kv(cache.layout, array_spec(cache.pages), array_spec(k), array_spec(v), array_spec(slot_mapping))
+    check_append_kv(layout, array_spec(cache.pages), array_spec(k), array_spec(v), array_spec(slot_mapping))
     return dataclasses.replace(cache, pages=implementation.append_kv(cache, k, v, slot_mapping))
 
 
@@ -63,10 +66,11 @@ def gather_kv(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
+    layout = check_kind(cache.layout, CacheLayout)
     implementation = _implementation(impl, cache)
     page_table, seq_lens = as_jax("page_table", page_table), as_jax("seq_lens", seq_lens)
     name = jnp.dtype(dtype).name
-    check_gather_kv(cache.layout, array_spec(cache.pages), array_spec(page_table), array_spec(seq_lens), name)
+    check_gather_kv(layout, array_spec(cache.pages), array_spec(page_table), array_spec(seq_lens), name)
     return implementation.gather_kv(cache, page_table, seq_lens, name)
 
 
@@ -145,6 +149,7 @@ def paged_attention(
         TypeError, ValueError: an argument is not as above.
         NotImplementedError: ``impl="cudnn"`` for a call that it does not take; ``impl="pallas"``.
     """
+    layout = check_kind(cache.layout, CacheLayout)
     implementation = _implementation("triton" if impl == "cudnn" else impl, cache)
     q, page_table, seq_lens = as_jax("q", q), as_jax("page_table", page_table), as_jax("seq_lens", seq_lens)
     optional = {"cu_seqlens_q": cu_seqlens_q, "sinks": sinks, "alibi_slopes": alibi_slopes}
@@ -157,7 +162,7 @@ def paged_attention(
         "softcap": softcap,
     }
     check_paged_attention(
-        cache.layout,
+        layout,
         array_spec(q),
         array_spec(cache.pages),
         array_spec(page_table),

@@ -9,13 +9,27 @@
     calibrator = ScaleCalibrator("fp8_e4m3")              # the scales of a per-tensor mode, from observed K and V
     out, lse = merge_states(outs, lses)                   # attention over parts of the keys, merged
 
+A cache with an ``MLALayout`` goes with ``append_mla_``, ``gather_mla`` and ``mla_attention``.
+
 The ops never read a value back to the host: they are safe in CUDA graphs and under ``torch.compile(fullgraph=True)``.
 `kvq_core.checks` looks at values for who wants it.
 """
 
 from kvq_torch.cache import KVCache
 from kvq_torch.merge import merge_states
+from kvq_torch.mla import append_mla_, gather_mla, mla_attention
 from kvq_torch.ops import append_kv_, copy_pages_, gather_kv, paged_attention
 from kvq_torch.scales import ScaleCalibrator
 
-__all__ = ["KVCache", "ScaleCalibrator", "append_kv_", "copy_pages_", "gather_kv", "merge_states", "paged_attention"]
+__all__ = [
+    "KVCache",
+    "ScaleCalibrator",
+    "append_kv_",
+    "append_mla_",
+    "copy_pages_",
+    "gather_kv",
+    "gather_mla",
+    "merge_states",
+    "mla_attention",
+    "paged_attention",
+]

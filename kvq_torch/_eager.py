@@ -11,11 +11,11 @@ import torch
 from kvq_core.arguments import check_append_kv, check_copy_pages, check_gather_kv
 from kvq_core.layout import CacheLayout
 from kvq_torch._codec import encode_rows
-from kvq_torch._eager_attention import paged_attention
+from kvq_torch._eager_attention import mla_attention, paged_attention
 from kvq_torch._interop import array_spec, dtype_name
 from kvq_torch._pages import field_rows, is_page, read_pages
 
-__all__ = ["append_kv_", "copy_pages_", "gather_kv", "paged_attention"]
+__all__ = ["append_kv_", "copy_pages_", "gather_kv", "mla_attention", "paged_attention"]
 
 
 def append_kv_(

@@ -9,6 +9,8 @@ import torch
 
 from kvq_core.arguments import check_paged_attention
 from kvq_core.layout import CacheLayout
+from kvq_core.mla import MLALayout
+from kvq_core.mla_arguments import check_mla_attention
 from kvq_torch._interop import array_spec, optional_spec
 from kvq_torch._pages import read_pages
 
@@ -69,17 +71,64 @@ def paged_attention(
         sinks=optional_spec(sinks),
         alibi_slopes=optional_spec(alibi_slopes),
     )
-    num_q_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads = pages.shape[layout.head_axis]
-    heads = (num_kv_heads, num_q_heads // num_kv_heads)
+    heads = (num_kv_heads, q.shape[1] // num_kv_heads)
     scoring = _Scoring(
-        head_dim**-0.5 if sm_scale is None else sm_scale,
+        q.shape[2] ** -0.5 if sm_scale is None else sm_scale,
         causal,
         window,
         softcap,
         None if alibi_slopes is None else alibi_slopes.view(*heads, 1, 1),
         None if sinks is None else sinks.view(*heads, 1, 1),
     )
+    return _attend_blocks(scoring, layout, q, pages, k_scale, v_scale, page_table, seq_lens, cu_seqlens_q, max_seqlen_q)
+
+
+def mla_attention(
+    layout: MLALayout,
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    k_scale: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor | None,
+    max_seqlen_q: int | None,
+    sm_scale: float,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `kvq_torch.mla_attention`; always returns out and lse."""
+    check_mla_attention(
+        layout,
+        array_spec(q),
+        array_spec(pages),
+        array_spec(page_table),
+        array_spec(seq_lens),
+        cu_seqlens_q=optional_spec(cu_seqlens_q),
+        max_seqlen_q=max_seqlen_q,
+        sm_scale=sm_scale,
+        causal=causal,
+    )
+    scoring = _Scoring(sm_scale, causal, window=None, softcap=None, slopes=None, sinks=None)
+    return _attend_blocks(scoring, layout, q, pages, k_scale, k_scale, page_table, seq_lens, cu_seqlens_q, max_seqlen_q)
+
+
+def _attend_blocks(
+    scoring: _Scoring,
+    layout: CacheLayout | MLALayout,
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_scale: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    max_seqlen_q: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend from all queries, a block of sequences, KV heads and queries at a time."""
+    num_q_tokens, num_q_heads, _ = q.shape
+    num_kv_heads = pages.shape[layout.head_axis]
+    heads = (num_kv_heads, num_q_heads // num_kv_heads)
     if page_table.shape[1] == 0:
         page_table = page_table.new_full((page_table.shape[0], 1), -1)  # as good as none, and a maximum needs a column
     firsts, counts = _query_ranges(cu_seqlens_q, seq_lens)
@@ -112,7 +161,7 @@ def _query_ranges(cu_seqlens_q: torch.Tensor | None, seq_lens: torch.Tensor) -> 
 
 
 def _chunk_sizes(
-    layout: CacheLayout, page_table: torch.Tensor, heads: tuple[int, int], most_queries: int
+    layout: CacheLayout | MLALayout, page_table: torch.Tensor, heads: tuple[int, int], most_queries: int
 ) -> tuple[int, int, int]:
     """How many sequences, KV heads and queries to attend with at a time, so that no temporary is much too large."""
     num_keys = page_table.shape[1] * layout.page_size
@@ -133,7 +182,7 @@ def _of_heads(scoring: _Scoring, kv_heads: slice) -> _Scoring:
 
 
 def _read_keys(
-    layout: CacheLayout,
+    layout: CacheLayout | MLALayout,
     pages: torch.Tensor,
     k_scale: torch.Tensor,
     v_scale: torch.Tensor,
@@ -141,7 +190,10 @@ def _read_keys(
     seq_lens: torch.Tensor,
 ) -> _Keys:
     """Read the pages of a block of sequences, one column per token of the table."""
-    k, v = (x.transpose(1, 2).flatten(2, 3) for x in read_pages(layout, pages, k_scale, v_scale, page_ids))
+    records = layout if isinstance(layout, CacheLayout) else layout.records
+    k, v = (x.transpose(1, 2).flatten(2, 3) for x in read_pages(records, pages, k_scale, v_scale, page_ids))
+    if isinstance(layout, MLALayout):
+        k, v = torch.cat([k, v], dim=-1), k
     is_nan = v.isnan()
     v_flags = torch.cat([is_nan | (v == torch.inf), is_nan | (v == -torch.inf)], dim=-1)
     return _Keys(k, torch.where(v.isfinite(), v, 0.0), v_flags.float(), seq_lens.long()[:, None])

@@ -215,15 +215,15 @@ def _is_static(*tensors: torch.Tensor | None) -> bool:
     return all(type(n) is int for t in tensors if t is not None for n in (*t.shape, *t.stride()))
 
 
-def _register(name: str, implementation: Callable, fake: Callable) -> torch._ops.OpOverload:
-    _LIBRARY.define(name + _SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+def _register(name: str, implementation: Callable, fake: Callable, schema: str) -> torch._ops.OpOverload:
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, implementation, key)
     torch.library.register_fake(f"kvq::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.kvq, name).default
 
 
-append_kv_op = _register("append_kv_", _append_kv_, _append_kv_fake)
-gather_kv_op = _register("gather_kv", _gather_kv, _gather_kv_fake)
-copy_pages_op = _register("copy_pages_", _copy_pages_, _copy_pages_fake)
-paged_attention_op = _register("paged_attention", _paged_attention, _paged_attention_fake)
+append_kv_op = _register("append_kv_", _append_kv_, _append_kv_fake, _SCHEMAS["append_kv_"])
+gather_kv_op = _register("gather_kv", _gather_kv, _gather_kv_fake, _SCHEMAS["gather_kv"])
+copy_pages_op = _register("copy_pages_", _copy_pages_, _copy_pages_fake, _SCHEMAS["copy_pages_"])
+paged_attention_op = _register("paged_attention", _paged_attention, _paged_attention_fake, _SCHEMAS["paged_attention"])

@@ -14,7 +14,16 @@ from triton.runtime import driver
 
 from kvq_core import kernels
 from kvq_core.layout import CacheLayout
-from kvq_core.plan import LaunchPlan, Output, plan_append_kv, plan_copy_pages, plan_gather_kv, plan_paged_attention
+from kvq_core.mla import MLALayout
+from kvq_core.plan import (
+    LaunchPlan,
+    Output,
+    plan_append_kv,
+    plan_copy_pages,
+    plan_gather_kv,
+    plan_mla_attention,
+    plan_paged_attention,
+)
 from kvq_torch._interop import device_facts, dtype_name, known_spec, torch_dtype
 
 
@@ -107,6 +116,42 @@ def paged_attention(
     if plan.merge is None:
         return results
     return launch(plan.merge, *results, sinks, seq_lens, cu_seqlens_q)
+
+
+def mla_attention(
+    layout: MLALayout,
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    k_scale: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor | None,
+    max_seqlen_q: int | None,
+    sm_scale: float,
+    causal: bool,
+) -> tuple[torch.Tensor, ...]:
+    """See `kvq_torch.mla_attention`; always returns out and lse."""
+    plan = plan_mla_attention(
+        layout,
+        known_spec(q),
+        known_spec(pages),
+        known_spec(page_table),
+        known_spec(seq_lens),
+        cu_seqlens_q=None if cu_seqlens_q is None else known_spec(cu_seqlens_q),
+        max_seqlen_q=max_seqlen_q,
+        sm_scale=sm_scale,
+        causal=causal,
+        device=device_facts(q.device),
+    )
+    if plan is None:
+        out = q.new_zeros((*q.shape[:2], layout.kv_lora_rank))
+        return out, q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
+    cu_seqlens_q = seq_lens if cu_seqlens_q is None else cu_seqlens_q
+    results = launch(plan.attend, q, pages, k_scale, page_table, seq_lens, cu_seqlens_q)
+    if plan.merge is None:
+        return results
+    return launch(plan.merge, *results, k_scale, seq_lens, cu_seqlens_q)
 
 
 def launch(plan: LaunchPlan, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:

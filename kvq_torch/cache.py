@@ -9,6 +9,7 @@ import torch
 
 from kvq_core.arguments import _check_pages, pages_alignment
 from kvq_core.layout import CacheLayout
+from kvq_core.mla import MLALayout
 from kvq_torch._interop import array_spec
 
 
@@ -16,7 +17,7 @@ class KVCache:
     """The KV cache of one layer. Make it outside compiled functions: its checks look at addresses.
 
     Args:
-        layout: the byte layout of the pages.
+        layout: the byte layout of the pages, a `CacheLayout` or an `MLALayout`.
         num_pages: how many pages to allocate, all zero; exclusive with ``pages``.
         pages: an existing pool to wrap, uint8 with the axes of the layout. It is neither copied nor cleared. The
             records of a page are contiguous; the page stride may be larger, so that layers share a tensor. In a row
@@ -41,7 +42,7 @@ class KVCache:
 
     def __init__(
         self,
-        layout: CacheLayout,
+        layout: CacheLayout | MLALayout,
         num_pages: int | None = None,
         *,
         pages: torch.Tensor | None = None,
@@ -80,7 +81,7 @@ def _page_count(num_pages: Any) -> int:
     return count
 
 
-def _check_wrapped(layout: CacheLayout, pages: Any, device: torch.device | str | int | None) -> None:
+def _check_wrapped(layout: CacheLayout | MLALayout, pages: Any, device: torch.device | str | int | None) -> None:
     if not isinstance(pages, torch.Tensor):
         raise TypeError(f"expected pages to be a torch.Tensor; got {type(pages).__name__}. Try torch.from_dlpack")
     spec = array_spec(pages)

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvq_core.layout import CacheLayout
+from kvq_core.mla_arguments import check_kind
 from kvq_torch import _library
 from kvq_torch.cache import KVCache
 
@@ -39,6 +41,7 @@ def append_kv_(
             cannot run on the device.
         NotImplementedError: ``impl="sdpa"``.
     """
+    check_kind(cache.layout, CacheLayout)
     _check_tensors(k=k, v=v, slot_mapping=slot_mapping)
     _check_optional("impl", impl, (str,))
     _library.append_kv_op(cache.pages, cache.k_scale, cache.v_scale, k, v, slot_mapping, cache.fingerprint, impl)
@@ -68,6 +71,7 @@ def gather_kv(
     Raises:
         TypeError, ValueError, NotImplementedError: see `append_kv_`.
     """
+    check_kind(cache.layout, CacheLayout)
     _check_tensors(page_table=page_table, seq_lens=seq_lens)
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"expected dtype to be a torch.dtype; got {dtype!r}")
@@ -152,6 +156,7 @@ def paged_attention(
         TypeError, ValueError: see `append_kv_`.
         NotImplementedError: ``impl="sdpa"`` for a call that it does not take.
     """
+    check_kind(cache.layout, CacheLayout)
     _check_tensors(q=q, page_table=page_table, seq_lens=seq_lens)
     for name, tensor in (("cu_seqlens_q", cu_seqlens_q), ("sinks", sinks), ("alibi_slopes", alibi_slopes)):
         _check_optional(name, tensor, (torch.Tensor,))

@@ -10,17 +10,21 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kvq_core import CacheLayout, reference
+from kvq_core import CacheLayout, MLALayout, reference
 from kvq_core.codec import encode_rows
 from kvq_core.modes import get_kv_quant_mode
 from tests import inputs as make
 from tests.compare import Attention
 
 Scales = tuple[float, float]
+Layout = CacheLayout | MLALayout
 
 
 class Backend(Protocol):
-    """Pages that come back are the same view of a copied buffer, so that what lies between pages is compared too."""
+    """Pages that come back are the same view of a copied buffer, so that what lies between pages is compared too.
+
+    With an `MLALayout` these are the MLA ops: k is the latent, v the rope part, both with an axis for their one head.
+    """
 
     @property
     def name(self) -> str: ...
@@ -28,13 +32,13 @@ class Backend(Protocol):
     @property
     def takes_strides(self) -> bool: ...
 
-    def append(self, layout: CacheLayout, pages, k, v, slots, scales: Scales) -> np.ndarray: ...
+    def append(self, layout: Layout, pages, k, v, slots, scales: Scales) -> np.ndarray: ...
 
-    def gather(self, layout: CacheLayout, pages, page_table, seq_lens, dtype: str, scales: Scales) -> tuple: ...
+    def gather(self, layout: Layout, pages, page_table, seq_lens, dtype: str, scales: Scales) -> tuple: ...
 
-    def copy_pages(self, layout: CacheLayout, pages, src, dst) -> np.ndarray: ...
+    def copy_pages(self, layout: Layout, pages, src, dst) -> np.ndarray: ...
 
-    def attention(self, layout: CacheLayout, inputs: Any, options: dict[str, Any]) -> Attention: ...
+    def attention(self, layout: Layout, inputs: Any, options: dict[str, Any]) -> Attention: ...
 
     def merge_states(self, outs: Any, lses: Any) -> Attention: ...
 
@@ -48,11 +52,18 @@ class NumpyBackend:
 
     def append(self, layout, pages, k, v, slots, scales):
         pages = make.copy_view(pages)
-        reference.append_kv(layout, pages, k, v, slots, *scales)
+        if isinstance(layout, MLALayout):
+            reference.append_mla(layout, pages, k[:, 0], v[:, 0], slots, scales[0])
+        else:
+            reference.append_kv(layout, pages, k, v, slots, *scales)
         return pages
 
     def gather(self, layout, pages, page_table, seq_lens, dtype, scales):
-        values = reference.gather_kv(layout, pages, page_table, seq_lens, *scales)
+        if isinstance(layout, MLALayout):
+            sides = reference.gather_mla(layout, pages, page_table, seq_lens, scales[0])
+            values = tuple(side[:, :, None] for side in sides)
+        else:
+            values = reference.gather_kv(layout, pages, page_table, seq_lens, *scales)
         return tuple(encode_rows(x, get_kv_quant_mode(dtype))[0] for x in values)
 
     def copy_pages(self, layout, pages, src, dst):
@@ -62,6 +73,9 @@ class NumpyBackend:
 
     def attention(self, layout, inputs, options):
         q, pages, page_table, seq_lens, *_ = inputs
+        if isinstance(layout, MLALayout):
+            scale = {"k_scale": inputs.k_scale, "cu_seqlens_q": inputs.cu_seqlens_q}
+            return Attention(*reference.mla_attention(layout, q, pages, page_table, seq_lens, **scale, **options))
         arrays = {name: getattr(inputs, name) for name in OPTIONAL_ARRAYS}
         scales = {"k_scale": inputs.k_scale, "v_scale": inputs.v_scale}
         return Attention(
@@ -73,6 +87,10 @@ class NumpyBackend:
 
 
 OPTIONAL_ARRAYS = ("cu_seqlens_q", "sinks", "alibi_slopes")
+
+
+def _optional_arrays(layout: Layout) -> tuple[str, ...]:
+    return OPTIONAL_ARRAYS[:1] if isinstance(layout, MLALayout) else OPTIONAL_ARRAYS
 
 
 @dataclass(frozen=True)
@@ -88,7 +106,11 @@ class TorchBackend:
         import kvq_torch
 
         cache = self._cache(layout, pages, scales)
-        kvq_torch.append_kv_(cache, *(to_torch(x, self.device) for x in (k, v, slots)), impl=self.impl)
+        k, v, slots = (to_torch(x, self.device) for x in (k, v, slots))
+        if isinstance(layout, MLALayout):
+            kvq_torch.append_mla_(cache, k[:, 0], v[:, 0], slots, impl=self.impl)
+        else:
+            kvq_torch.append_kv_(cache, k, v, slots, impl=self.impl)
         return _from_torch_view(cache.pages, pages)
 
     def gather(self, layout, pages, page_table, seq_lens, dtype, scales):
@@ -98,6 +120,8 @@ class TorchBackend:
 
         cache = self._cache(layout, pages, scales)
         arrays = (to_torch(x, self.device) for x in (page_table, seq_lens))
+        if isinstance(layout, MLALayout):
+            return tuple(from_torch(x)[:, :, None] for x in kvq_torch.gather_mla(cache, *arrays, impl=self.impl))
         return tuple(map(from_torch, kvq_torch.gather_kv(cache, *arrays, dtype=getattr(torch, dtype), impl=self.impl)))
 
     def copy_pages(self, layout, pages, src, dst):
@@ -112,10 +136,11 @@ class TorchBackend:
 
         cache = self._cache(layout, inputs.pages, (inputs.k_scale, inputs.v_scale))
         q, page_table, seq_lens = (to_torch(x, self.device) for x in (inputs.q, inputs.page_table, inputs.seq_lens))
-        optional = {name: getattr(inputs, name) for name in OPTIONAL_ARRAYS}
+        optional = {name: getattr(inputs, name) for name in _optional_arrays(layout)}
         arrays = {name: None if x is None else to_torch(x, self.device) for name, x in optional.items()}
         options = {**options, **arrays, "return_lse": True, "impl": self.impl}
-        return Attention(*map(from_torch, kvq_torch.paged_attention(q, cache, page_table, seq_lens, **options)))
+        attend = kvq_torch.mla_attention if isinstance(layout, MLALayout) else kvq_torch.paged_attention
+        return Attention(*map(from_torch, attend(q, cache, page_table, seq_lens, **options)))
 
     def merge_states(self, outs, lses):
         import kvq_torch
@@ -140,13 +165,18 @@ class JaxBackend:
     def append(self, layout, pages, k, v, slots, scales):
         import kvq_jax
 
-        cache = kvq_jax.append_kv(self._cache(layout, pages, scales), k, v, slots, impl=self.impl)
-        return np.asarray(cache.pages)
+        cache = self._cache(layout, pages, scales)
+        if isinstance(layout, MLALayout):
+            return np.asarray(kvq_jax.append_mla(cache, k[:, 0], v[:, 0], slots, impl=self.impl).pages)
+        return np.asarray(kvq_jax.append_kv(cache, k, v, slots, impl=self.impl).pages)
 
     def gather(self, layout, pages, page_table, seq_lens, dtype, scales):
         import kvq_jax
 
         cache = self._cache(layout, pages, scales)
+        if isinstance(layout, MLALayout):
+            sides = kvq_jax.gather_mla(cache, page_table, seq_lens, impl=self.impl)
+            return tuple(np.asarray(side)[:, :, None] for side in sides)
         return tuple(map(np.asarray, kvq_jax.gather_kv(cache, page_table, seq_lens, dtype=dtype, impl=self.impl)))
 
     def copy_pages(self, layout, pages, src, dst):
@@ -158,9 +188,10 @@ class JaxBackend:
         import kvq_jax
 
         cache = self._cache(layout, inputs.pages, (inputs.k_scale, inputs.v_scale))
-        arrays = {name: getattr(inputs, name) for name in OPTIONAL_ARRAYS}
+        arrays = {name: getattr(inputs, name) for name in _optional_arrays(layout)}
         options = {**options, **arrays, "return_lse": True, "impl": self.impl}
-        results = kvq_jax.paged_attention(inputs.q, cache, inputs.page_table, inputs.seq_lens, **options)
+        attend = kvq_jax.mla_attention if isinstance(layout, MLALayout) else kvq_jax.paged_attention
+        results = attend(inputs.q, cache, inputs.page_table, inputs.seq_lens, **options)
         return Attention(*map(np.asarray, results))
 
     def merge_states(self, outs, lses):

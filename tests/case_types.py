@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvq_core import CacheLayout
+from kvq_core import CacheLayout, MLALayout
 from tests import inputs as make
 
 
@@ -26,7 +26,7 @@ class AppendCase:
     """Tokens into a poisoned pool. ``num_tokens`` None: the edge rows, else random rows of mixed amplitude."""
 
     name: str
-    layout: CacheLayout
+    layout: CacheLayout | MLALayout
     k_dtype: str = "bfloat16"
     v_dtype: str = "bfloat16"
     num_tokens: int | None = None
@@ -40,8 +40,9 @@ class AppendCase:
 
     def inputs(self) -> AppendInputs:
         rng = make.generator(self.name)
-        k = self._rows(rng, self.k_dtype, self.layout.head_dim)
-        v = self._rows(rng, self.v_dtype, self.layout.head_dim_v)
+        records = make.records_of(self.layout)
+        k = self._rows(rng, self.k_dtype, records.head_dim)
+        v = self._rows(rng, self.v_dtype, records.head_dim_v)
         num_tokens = min(len(k), len(v))
         num_pages = -(-num_tokens // self.layout.page_size) + 2
         slots = _slots(rng, self.slots, num_tokens, num_pages * self.layout.page_size).astype(self.slot_dtype)
@@ -89,11 +90,11 @@ class AttentionCase:
     """Queries over a pool. ``seqs``: (number of queries, KV length) of each sequence.
 
     ``ragged`` False: one query per sequence and no cu_seqlens_q. ``damage``: see `_damage`. Exponents: of ten, the
-    amplitudes of the tokens' rows.
+    amplitudes of the tokens' rows. Of an MLA cache, k is the latent, v the rope part, and ``v_scale`` is ``k_scale``.
     """
 
     name: str
-    layout: CacheLayout
+    layout: CacheLayout | MLALayout
     seqs: tuple[tuple[int, int], ...]
     group: int = 2
     ragged: bool = False
@@ -120,8 +121,10 @@ class AttentionCase:
     tags: frozenset[str] = field(default=frozenset())
 
     def options(self) -> dict:
-        """The static arguments of ``paged_attention``."""
+        """The static arguments of ``paged_attention``, or ``mla_attention``."""
         names = ("max_seqlen_q", "causal", "window", "softcap", "sm_scale")
+        if isinstance(self.layout, MLALayout):
+            names = ("max_seqlen_q", "causal", "sm_scale")
         return {name: getattr(self, name) for name in names}
 
     def inputs(self) -> AttentionInputs:
@@ -129,12 +132,12 @@ class AttentionCase:
         seq_lens = [seq_len for _, seq_len in self.seqs]
         table, num_pages = make.make_table(rng, layout, seq_lens, self.shared_pages, spare_pages=3)
         pages = make.poisoned_pool(layout, num_pages, self.pool)
-        shape = (sum(seq_lens), layout.num_kv_heads)
-        k = make.random_rows(rng, (*shape, layout.head_dim), self.kv_dtype, self.k_exponents)
-        v = make.random_rows(rng, (*shape, layout.head_dim_v), self.kv_dtype, self.v_exponents)
+        shape, records = (sum(seq_lens), layout.num_kv_heads), make.records_of(layout)
+        k = make.random_rows(rng, (*shape, records.head_dim), self.kv_dtype, self.k_exponents)
+        v = make.random_rows(rng, (*shape, records.head_dim_v), self.kv_dtype, self.v_exponents)
         for kind in self.damage:
             _damage_rows(kind, self, k, v)
-        make.fill_pool(layout, pages, table, seq_lens, k, v, (self.k_scale, self.v_scale))
+        make.fill_pool(records, pages, table, seq_lens, k, v, (self.k_scale, self.v_scale))
         width = max(map(len, table), default=0) + self.spare_columns
         page_table = make.pad_table(rng, table, max(0, width))
         for kind in self.damage:
@@ -202,7 +205,7 @@ class GatherCase:
     """Sequences of edge rows, read back as ``dtype``. ``foreign``: some of their pages lie outside the pool."""
 
     name: str
-    layout: CacheLayout
+    layout: CacheLayout | MLALayout
     lengths: tuple[int, ...] = (37, 0, 5, 64)
     dtype: str = "float32"
     kv_dtype: str = "float32"
@@ -215,16 +218,16 @@ class GatherCase:
 
     def inputs(self) -> GatherInputs:
         rng, layout = make.generator(self.name), self.layout
-        lengths = list(self.lengths)
+        records, lengths = make.records_of(layout), list(self.lengths)
         table, num_pages = make.make_table(rng, layout, lengths, shared_pages=0, spare_pages=2)
         pages = make.poisoned_pool(layout, num_pages, self.pool)
         k, v = (
             np.resize(
                 make.edge_tokens(rng, self.kv_dtype, layout.num_kv_heads, dim), (sum(lengths), layout.num_kv_heads, dim)
             )
-            for dim in (layout.head_dim, layout.head_dim_v)
+            for dim in (records.head_dim, records.head_dim_v)
         )
-        make.fill_pool(layout, pages, table, lengths, k, v, (self.k_scale, self.v_scale))
+        make.fill_pool(records, pages, table, lengths, k, v, (self.k_scale, self.v_scale))
         page_table = make.pad_table(rng, table, max(map(len, table), default=0) + self.spare_columns)
         if self.foreign:
             page_table[0, 0], page_table[-1, -2] = num_pages, -1
@@ -242,7 +245,7 @@ class CopyCase:
     """Copies between the pages of a pool of random bytes; every third pair has an id outside of it if ``foreign``."""
 
     name: str
-    layout: CacheLayout
+    layout: CacheLayout | MLALayout
     num_pages: int = 9
     num_pairs: int = 4
     foreign: bool = False

@@ -21,7 +21,7 @@ from triton._C.libtriton import ir, nvidia, passes
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 
-from kvq_core import CacheLayout, kernels
+from kvq_core import CacheLayout, MLALayout, kernels
 from kvq_core.plan import DeviceFacts, LibraryPlan, plan_library_attention
 from kvq_torch import _triton
 from kvq_torch._interop import array_spec
@@ -170,7 +170,7 @@ def layout(mode: str, head_dim: int = 128, **kwargs: Any) -> CacheLayout:
     return CacheLayout(mode, **{"page_size": 16, "num_kv_heads": 8, "head_dim": head_dim} | kwargs)
 
 
-def _pages(cache: CacheLayout, num_pages: int, strides: tuple[int, ...] | None = None) -> torch.Tensor:
+def _pages(cache: CacheLayout | MLALayout, num_pages: int, strides: tuple[int, ...] | None = None) -> torch.Tensor:
     dense = torch.empty(cache.shape(num_pages), dtype=torch.uint8)
     return dense if strides is None else torch.empty_strided(dense.shape, strides, dtype=torch.uint8)
 
@@ -248,6 +248,35 @@ def attention(
     return lambda: _triton.paged_attention(
         cache, q, pages, SCALE, SCALE, _indices(num_seqs, max_pages), _indices(num_seqs), **arguments
     )
+
+
+def mla_layout(mode: str, kv_lora_rank: int = 512, **kwargs: Any) -> MLALayout:
+    """A layout of pages of 16."""
+    return MLALayout(mode, **{"page_size": 16, "kv_lora_rank": kv_lora_rank} | kwargs)
+
+
+def mla_attention(
+    cache: MLALayout,
+    num_seqs: int = 4,
+    max_pages: int = 512,
+    *,
+    queries: int | None = None,
+    num_heads: int = 16,
+    dtype: torch.dtype = torch.bfloat16,
+    num_pages: int = 64,
+    causal: bool = True,
+) -> Callable[[], Any]:
+    """A launch of mla_attention: decode (``queries`` None), or ``queries`` a sequence through ``cu_seqlens_q``."""
+    q = torch.empty((num_seqs * (queries or 1), num_heads, cache.head_dim), dtype=dtype)
+    pages = _pages(cache, num_pages)
+    arguments = {
+        "cu_seqlens_q": None if queries is None else _indices(num_seqs + 1),
+        "max_seqlen_q": queries,
+        "sm_scale": 0.1,
+        "causal": causal,
+    }
+    table = _indices(num_seqs, max_pages)
+    return lambda: _triton.mla_attention(cache, q, pages, SCALE, table, _indices(num_seqs), **arguments)
 
 
 def library_prefill(

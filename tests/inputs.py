@@ -11,13 +11,18 @@ import zlib
 import ml_dtypes
 import numpy as np
 
-from kvq_core import CacheLayout, reference
+from kvq_core import CacheLayout, MLALayout, reference
 
 POISON = 0xFF  # a NaN in every float format but int8, and a NaN scale
 GARBAGE_IDS = (-1, 2**31 - 1, -(2**31), 10**6, -7)
 _INT8_TIES = [code + 0.5 for code in range(-127, 127)]
 _E4M3_CODES = np.arange(0x7F, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
 _E5M2_CODES = np.arange(0x7C, dtype=np.uint8).view(ml_dtypes.float8_e5m2).astype(np.float64)
+
+
+def records_of(layout: CacheLayout | MLALayout) -> CacheLayout:
+    """The layout of the same bytes with a K and a V side: of an MLA cache, the latent and the rope part."""
+    return layout.records if isinstance(layout, MLALayout) else layout
 
 
 def generator(name: str) -> np.random.Generator:
@@ -110,7 +115,7 @@ def with_strides(x: np.ndarray, kind: str | None) -> np.ndarray:
     return view
 
 
-def poisoned_pool(layout: CacheLayout, num_pages: int, kind: str | None = None) -> np.ndarray:
+def poisoned_pool(layout: CacheLayout | MLALayout, num_pages: int, kind: str | None = None) -> np.ndarray:
     """Pages of 0xFF, dense or as a view into a larger or otherwise ordered array.
 
     "shared": every other page of a pool twice as large. Of row containers only: "padded" has 36 bytes before each page,
@@ -147,7 +152,7 @@ def copy_view(x: np.ndarray) -> np.ndarray:
 
 
 def make_table(
-    rng: np.random.Generator, layout: CacheLayout, seq_lens: list[int], shared_pages: int, spare_pages: int
+    rng: np.random.Generator, layout: CacheLayout | MLALayout, seq_lens: list[int], shared_pages: int, spare_pages: int
 ) -> tuple[list[list[int]], int]:
     """Pages of each sequence in random order, and the size of the pool; the first ``shared_pages`` are of all."""
     counts = [-(-seq_len // layout.page_size) for seq_len in seq_lens]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvq_core import reference
+from kvq_core import MLALayout, reference
 from tests.case_types import AttentionCase, AttentionInputs
+from tests.inputs import records_of
 
 
 @np.errstate(all="ignore")
@@ -19,9 +20,10 @@ def naive_attention(case: AttentionCase, inputs: AttentionInputs) -> tuple[np.nd
     group = q.shape[1] // num_kv_heads
     out = np.zeros((*q.shape[:2], case.layout.head_dim_v), dtype)
     lse = np.full(q.shape[:2], -np.inf, np.float32)
-    k, v = reference.gather_kv(
-        case.layout, inputs.pages, inputs.page_table, inputs.seq_lens, inputs.k_scale, inputs.v_scale
-    )
+    where = inputs.pages, inputs.page_table, inputs.seq_lens
+    k, v = reference.gather_kv(records_of(case.layout), *where, inputs.k_scale, inputs.v_scale)
+    if isinstance(case.layout, MLALayout):
+        k, v = np.concatenate([k, v], axis=-1), k
     k, v = (np.repeat(x.astype(dtype).astype(np.float32), group, axis=2) for x in (k, v))
     v = np.where(np.isfinite(v), v, np.float32(0))
     ends = np.arange(1, len(inputs.seq_lens) + 1) if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q[1:]

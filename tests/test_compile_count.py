@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from kvq_core import kernels
-from kvq_torch import KVCache, append_kv_, copy_pages_, gather_kv, paged_attention
+from kvq_torch import KVCache, append_kv_, copy_pages_, gather_kv, mla_attention, paged_attention
 from tests import compiling
 from tests.compiling import TARGETS, KernelCall, record
 
 SM_90 = TARGETS["sm_90"]
 LAYOUT = compiling.layout("int8_per_token_head", 64)
+MLA_LAYOUT = compiling.mla_layout("int8_per_token_head", 64)
 COUNTS = [1, 2, 3, 15, 16, 17, 31, 32, 64, 100, 255, 256, 257, 300, 1000, 1024, 4096, 5000]
 BATCHES = [1, 2, 7, 8, 16, 31, 64, 127, 128, 129, 256, 300]
 WIDTHS = [1, 2, 16, 33, 512, 8192]
@@ -56,6 +57,20 @@ def test_copy_pages_is_one_program_for_all_numbers_of_pairs_and_pool_sizes():
 def test_attention_is_one_program_for_all_batches_and_tables(queries, expected):
     sizes = itertools.product(BATCHES, WIDTHS)
     assert kernels_of(compiling.attention(LAYOUT, b, w, queries=queries) for b, w in sizes) == expected
+
+
+@pytest.mark.parametrize(
+    ("queries", "expected"),
+    [
+        (None, ["attend_mla_segments", "merge_segments"]),
+        (4, ["attend_mla_segments", "merge_segments"]),
+        (40, ["attend_mla_queries"]),
+    ],
+)
+def test_mla_attention_is_one_program_for_all_batches_and_tables(queries, expected):
+    sizes = itertools.product(BATCHES, WIDTHS)
+    launches = (compiling.mla_attention(MLA_LAYOUT, b, w, queries=queries) for b, w in sizes)
+    assert kernels_of(launches) == expected
 
 
 def test_row_containers_are_one_program_for_all_sizes():
@@ -108,6 +123,10 @@ def _every_op(num_tokens: int, num_seqs: int, max_pages: int, num_pages: int) ->
     cu_seqlens_q = torch.arange(num_seqs + 1, dtype=torch.int32, device="cuda")
     paged_attention(q, cache, page_table, seq_lens, cu_seqlens_q=cu_seqlens_q)
     paged_attention(q, cache, page_table, seq_lens, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=1, impl="sdpa")
+    mla_cache = KVCache(compiling.mla_layout("int8_per_token_head", 80), num_pages, device="cuda")
+    q = torch.zeros((num_seqs, 16, mla_cache.layout.head_dim), dtype=torch.bfloat16, device="cuda")
+    mla_attention(q, mla_cache, page_table, seq_lens, sm_scale=0.1)
+    mla_attention(q, mla_cache, page_table, seq_lens, sm_scale=0.1, cu_seqlens_q=cu_seqlens_q)
 
 
 @pytest.mark.gpu
@@ -116,7 +135,10 @@ def test_triton_compiles_nothing_for_new_counts():
         getattr(kernels, kernel).device_caches.clear()
     _every_op(num_tokens=300, num_seqs=3, max_pages=5, num_pages=9)
     expected = _compiled_kernels()
-    assert expected == dict.fromkeys(KERNELS, 1) | {"gather_kv": 2}  # for the caller, and for the library
+    assert expected == dict.fromkeys(KERNELS, 1) | {
+        "gather_kv": 2,
+        "merge_segments": 2,
+    }  # for a library, and of latents
     for sizes in ((1, 1, 1, 1), (16, 16, 16, 16), (257, 129, 64, 65), (5000, 300, 7, 400)):
         _every_op(*sizes)
         assert _compiled_kernels() == expected, sizes

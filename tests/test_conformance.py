@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 from kvq_core import reference
-from tests import backends, cases
+from tests import backends, cases, mla_cases
 from tests import inputs as make
 from tests.compare import Attention, assert_no_worse_than_naive, assert_same_bytes, with_one_nan
 from tests.naive import naive_attention
 
 TORCH_GPU, JAX_GPU, _ = backends.ON_GPU
+APPEND_CASES = cases.APPEND_CASES + mla_cases.APPEND_CASES
+GATHER_CASES = cases.GATHER_CASES + mla_cases.GATHER_CASES
+ATTENTION_CASES = cases.ATTENTION_CASES + mla_cases.ATTENTION_CASES
 
 
 def on_backends(all_cases):
@@ -32,7 +35,7 @@ def _skip_if_strided(backend, case) -> None:
         pytest.skip("JAX arrays are dense: without strides this is a case of its own")
 
 
-@on_backends(cases.APPEND_CASES)
+@on_backends(APPEND_CASES)
 def test_append_writes_the_bytes_of_the_reference_and_no_others(backend, case):
     _skip_if_strided(backend, case)
     inputs, scales = case.inputs(), (case.k_scale, case.v_scale)
@@ -73,7 +76,7 @@ def _same_slot(layout, got, want, slot) -> bool:
     )
 
 
-@on_backends(cases.GATHER_CASES)
+@on_backends(GATHER_CASES)
 def test_gather_reads_the_values_of_the_reference(backend, case):
     _skip_if_strided(backend, case)
     args = (case.layout, *case.inputs(), case.dtype, (case.k_scale, case.v_scale))
@@ -95,7 +98,7 @@ def _expected(case):
     return backends.NUMPY.attention(case.layout, inputs, case.options()), Attention(*naive_attention(case, inputs))
 
 
-@on_backends(cases.ATTENTION_CASES)
+@on_backends(ATTENTION_CASES)
 def test_attention_is_no_worse_than_naive(backend, case):
     _skip_if_strided(backend, case)
     got = backend.attention(case.layout, case.inputs(), case.options())
@@ -110,7 +113,7 @@ def test_attention_in_parts_merges_into_that_of_the_whole(backend, case):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", cases.ATTENTION_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.name)
 def test_torch_and_jax_attend_with_equal_bits_on_one_gpu(case):
     inputs = case.inputs()
     for got, want in zip(

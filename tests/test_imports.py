@@ -19,7 +19,7 @@ LAYERS = (
     ("kvq_core.mla",),
     ("kvq_core.model_defaults", "kvq_core.model_config", "kvq_core.policy", "kvq_core.planner"),
     ("kvq_core.advice", "kvq_core.__main__"),
-    ("kvq_core.specs", "kvq_core.arguments", "kvq_core.scales", "kvq_core.plan"),
+    ("kvq_core.specs", "kvq_core.arguments", "kvq_core.mla_arguments", "kvq_core.scales", "kvq_core.plan"),
     ("kvq_core.kernels",),
     ("kvq_torch", "kvq_jax"),
     ("kvq_torch.nn", "kvq_torch.transformers", "kvq_jax.flax"),
@@ -39,7 +39,7 @@ BESIDE = {
     ),
     "kvq_core.checks": (),
     "kvq_core.checkpoint": (),
-    REFERENCE: (*LAYERS[0], *LAYERS[1], *LAYERS[2], "kvq_core.arguments"),
+    REFERENCE: (*LAYERS[0], *LAYERS[1], *LAYERS[2], "kvq_core.arguments", "kvq_core.mla_arguments"),
 }
 
 CORE_LIBRARIES = {"numpy", "ml_dtypes"}

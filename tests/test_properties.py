@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests import backends, cases
+from kvq_core.mla import MLA_MODES
+from tests import backends, cases, mla_cases
 from tests import inputs as make
 from tests.case_types import AppendCase, AttentionCase, GatherCase
 from tests.compare import Attention, assert_no_worse_than_naive, assert_same_bytes, with_one_nan
@@ -89,6 +90,28 @@ def attention_cases(draw):
 
 
 @st.composite
+def mla_attention_cases(draw):
+    ragged = draw(st.booleans())
+    lengths = draw(st.lists(st.integers(0, 60), min_size=1, max_size=4))
+    dims = st.integers(1, 5).map(lambda n: 16 * n)
+    layout = mla_cases.layout_of(draw(st.sampled_from(MLA_MODES)), draw(st.integers(1, 20)), draw(dims), draw(dims))
+    return mla_cases.attention(
+        f"property-{draw(st.integers(0, 2**32))}",
+        layout,
+        draw(st.integers(1, 70)),
+        seqs=tuple((draw(st.integers(0, min(length, 9))) if ragged else 1, length) for length in lengths),
+        ragged=ragged,
+        q_dtype=draw(st.sampled_from(["bfloat16", "float16"])),
+        padding_rows=draw(st.integers(0, 2)) if ragged else 0,
+        max_seqlen_q=draw(st.none() | st.just(9)),
+        causal=draw(st.booleans()),
+        k_exponents=draw(st.sampled_from([(0, 0), (-2, 2), (-4, -4), (2, 2)])),
+        sm_scale=draw(st.sampled_from([0.15, 1e-3])),
+        spare_columns=draw(st.integers(0, 3)),
+    )
+
+
+@st.composite
 def gather_cases(draw):
     return GatherCase(
         f"property-{draw(st.integers(0, 2**32))}",
@@ -153,6 +176,17 @@ def test_any_rows_of_any_layout_are_read_as_by_the_reference(backend):
 @backends.parametrize_backends
 def test_any_options_over_any_layout_attend_no_worse_than_naive(backend):
     @given(attention_cases())
+    def attends(case):
+        inputs = case.inputs()
+        got, exact = (b.attention(case.layout, inputs, case.options()) for b in (backend, backends.NUMPY))
+        assert_no_worse_than_naive(got, exact, Attention(*naive_attention(case, inputs)))
+
+    examples_of(backend, attends)
+
+
+@backends.parametrize_backends
+def test_any_queries_over_any_mla_layout_attend_no_worse_than_naive(backend):
+    @given(mla_attention_cases())
     def attends(case):
         inputs = case.inputs()
         got, exact = (b.attention(case.layout, inputs, case.options()) for b in (backend, backends.NUMPY))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvq_core import CacheLayout
+from kvq_core import CacheLayout, MLALayout
 
 ROOT = Path(__file__).parents[1]
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -35,11 +35,19 @@ def test_literal_bytes_of_the_byte_format_hold():
     exec(CODE_BLOCKS[2], {})
 
 
-@pytest.mark.parametrize("cells", table_rows("`kvq1-"), ids=lambda cells: cells[0].strip("`"))
+@pytest.mark.parametrize("cells", table_rows("`kvq1-tail-"), ids=lambda cells: cells[0].strip("`"))
 def test_offsets_of_the_byte_format_are_those_of_the_layout(cells):
     layout = CacheLayout.from_fingerprint(cells[0].strip("`"))
     offsets = [str(layout.fields[name].offset) if name in layout.fields else "-" for name in FIELDS]
     assert cells[1:] == [*offsets, str(layout.shape(1)[-1])]  # record_bytes or row_bytes
+
+
+@pytest.mark.parametrize("cells", table_rows("`kvq1-mla-"), ids=lambda cells: cells[0].strip("`"))
+def test_offsets_of_mla_records_are_those_of_the_layout(cells):
+    layout = MLALayout.from_fingerprint(cells[0].strip("`"))
+    names = ("latent_codes", "rope_codes", "latent_scales")
+    offsets = [str(layout.fields[name].offset) if name in layout.fields else "-" for name in names]
+    assert cells[1:] == [*offsets, str(layout.record_bytes)]
 
 
 def first_table():

@@ -11,8 +11,8 @@ import jax
 import pytest
 import torch
 
-from kvq_core import CacheLayout, KVQuantMode
-from kvq_jax import KVCache, _triton, append_kv, copy_pages, gather_kv, paged_attention
+from kvq_core import CacheLayout, KVQuantMode, MLALayout
+from kvq_jax import KVCache, _triton, append_kv, copy_pages, gather_kv, mla_attention, paged_attention
 from kvq_jax._interop import target
 from tests import compiling
 from tests.compiling import TARGETS, compiled, record
@@ -99,7 +99,29 @@ def attention_call(
     return Call(launch, function, arrays)
 
 
-def lowered(call: Call, cache: CacheLayout, num_pages: int = NUM_PAGES, donate: bool = False) -> jax.stages.Lowered:
+def mla_call(
+    cache: MLALayout, num_seqs: int = 4, max_pages: int = 9, *, queries: int | None = None, num_heads: int = 16
+) -> Call:
+    arrays = (
+        array("bfloat16", num_seqs * (queries or 1), num_heads, cache.head_dim),
+        array("int32", num_seqs, max_pages),
+        array("int32", num_seqs),
+    )
+    if queries is not None:
+        arrays += (array("int32", num_seqs + 1),)
+
+    def function(pages, q, page_table, seq_lens, cu_seqlens_q=None):
+        options = {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": queries, "sm_scale": 0.1, "impl": "triton"}
+        return mla_attention(q, pages, page_table, seq_lens, **options)
+
+    return Call(
+        compiling.mla_attention(cache, num_seqs, max_pages, queries=queries, num_heads=num_heads), function, arrays
+    )
+
+
+def lowered(
+    call: Call, cache: CacheLayout | MLALayout, num_pages: int = NUM_PAGES, donate: bool = False
+) -> jax.stages.Lowered:
     """``call`` lowered for CUDA."""
     abstract = KVCache(array("uint8", *cache.shape(num_pages)), array("float32"), array("float32"), cache)
 
@@ -127,7 +149,7 @@ def jax_programs(monkeypatch):
     return programs
 
 
-def assert_same_programs(call: Call, cache: CacheLayout, jax_programs: list) -> None:
+def assert_same_programs(call: Call, cache: CacheLayout | MLALayout, jax_programs: list) -> None:
     lowered(call, cache)
     torch_calls = record(SM_90, call.launch)
     assert [name for name, _ in jax_programs] == [torch_call.kernel for torch_call in torch_calls]
@@ -154,6 +176,13 @@ def test_claims_of_slots_and_copies_are_the_same_programs(make_call, jax_program
 def test_attention_is_the_same_program(mode, queries, jax_programs):
     cache = compiling.layout(mode, 64)
     assert_same_programs(attention_call(cache, queries=queries), cache, jax_programs)
+
+
+@pytest.mark.parametrize(("queries", "num_heads"), [(None, 16), (None, 128), (100, 16)])
+@pytest.mark.parametrize("mode", ["bfloat16", "fp8_e4m3", "int8_per_token_head"])
+def test_mla_attention_is_the_same_program(mode, queries, num_heads, jax_programs):
+    cache = compiling.mla_layout(mode, 64)
+    assert_same_programs(mla_call(cache, queries=queries, num_heads=num_heads), cache, jax_programs)
 
 
 @pytest.mark.parametrize("row_order", ["HND", "NHD"])

@@ -16,3 +16,4 @@ from kvq_core.plan.launch import Output as Output
 from kvq_core.plan.library import LibraryPlan as LibraryPlan
 from kvq_core.plan.library import library_is_faster as library_is_faster
 from kvq_core.plan.library import plan_library_attention as plan_library_attention
+from kvq_core.plan.mla import plan_mla_attention as plan_mla_attention

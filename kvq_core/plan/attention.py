@@ -276,10 +276,8 @@ def _part_stride(rows: int, head_dim_v: int) -> int:
 def _plan_decode(
     spec: AttentionSpec, q: ArraySpec, page_table: ArraySpec, pages: ArraySpec, shape: AttentionShape
 ) -> AttentionPlan:
-    num_seqs, max_pages = page_table.shape
-    num_q_tokens, num_q_heads, _ = q.shape
     records = spec.records
-    num_segments = num_seqs + spec.programs
+    num_segments = page_table.shape[0] + spec.programs
     attend = LaunchPlan(
         kernel="attend_segments",
         grid=(spec.programs * spec.row_blocks * records.num_kv_heads, 1, 1),
@@ -290,17 +288,23 @@ def _plan_decode(
         num_stages=shape.num_stages,
         enable_fp_fusion=True,
     )
-    merge = LaunchPlan(
+    return AttentionPlan(attend, _plan_merge(spec, q, page_table))
+
+
+def _plan_merge(spec: AttentionSpec, q: ArraySpec, page_table: ArraySpec) -> LaunchPlan:
+    num_seqs, max_pages = page_table.shape
+    num_q_tokens, num_q_heads, _ = q.shape
+    head_dim_v = spec.records.v.head_dim
+    return LaunchPlan(
         kernel="merge_segments",
-        grid=(num_q_tokens * num_q_heads * math.ceil(records.v.head_dim / _MERGE_COLUMNS), 1, 1),
+        grid=(num_q_tokens * num_q_heads * math.ceil(head_dim_v / _MERGE_COLUMNS), 1, 1),
         scalars=(num_q_tokens, num_seqs, max_pages),
-        outputs=_attention_outputs(q, records.v.head_dim),
+        outputs=_attention_outputs(q, head_dim_v),
         constexprs=(("S", spec), ("PARTS", _MERGE_PARTS), ("COLUMNS", _MERGE_COLUMNS)),
         num_warps=1,
         enable_fp_fusion=True,
         launch_pdl=spec.overlap,
     )
-    return AttentionPlan(attend, merge)
 
 
 def plan_prefill(

@@ -1,0 +1,69 @@
+"""The MLA kernels compile for every GPU from their launch plans, to code with the properties that speed needs."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from kvq_core.mla import MLA_MODES
+from tests import compiling
+from tests.compiling import TARGETS, compiled, mla_layout, record, resources, shared_bytes
+from tests.test_compile import instructions
+
+SM_90 = TARGETS["sm_90"]
+MANY_HEADS = 128
+
+
+def calls_of(target, mode, kv_lora_rank=512, **options):
+    """The kernels of a decode and of a prefill, by name."""
+    cache = mla_layout(mode, kv_lora_rank)
+    launches = [compiling.mla_attention(cache, queries=queries, **options) for queries in (None, 100)]
+    return {call.kernel: call for launch in launches for call in record(target, launch)}
+
+
+@pytest.mark.parametrize("mode", ["bfloat16", "fp8_per_token_head"])
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_kernel_compiles_for_every_gpu(name, mode):
+    target = TARGETS[name]
+    calls = calls_of(target, mode, 64, num_heads=70)
+    assert sorted(calls) == ["attend_mla_queries", "attend_mla_segments", "merge_segments"]
+    for call in calls.values():
+        kernel = compiled(call, target.gpu)
+        assert kernel.asm["hsaco" if target.gpu.backend == "hip" else "cubin"]
+        assert kernel.metadata.shared <= target.shared_bytes
+
+
+@pytest.mark.parametrize("mode", MLA_MODES)
+@pytest.mark.parametrize("name", ["sm_89", "sm_90"])
+def test_attention_fits_into_shared_memory(name, mode):
+    target = TARGETS[name]
+    for num_heads, dtype in ((16, torch.bfloat16), (20, torch.float16), (MANY_HEADS, torch.bfloat16)):
+        for call in calls_of(target, mode, num_heads=num_heads, dtype=dtype).values():
+            assert shared_bytes(call, target.gpu) <= target.shared_bytes, (call.kernel, num_heads, dtype)
+
+
+@functools.cache
+def hopper(mode, num_heads):
+    return compiled(calls_of(SM_90, mode, num_heads=num_heads)["attend_mla_segments"], SM_90.gpu)
+
+
+@pytest.mark.parametrize("mode", MLA_MODES)
+def test_few_heads_keep_their_state_in_registers_and_read_no_code_byte_by_byte(mode, tmp_path):
+    kernel = hopper(mode, 16)
+    used = resources(kernel, tmp_path, "sm_90a")
+    assert max(used.spill_stores, used.spill_loads) <= 512, used
+    narrow = [opcode for opcode in instructions(kernel.asm["ptx"]) if opcode.startswith("ld.shared") and "8" in opcode]
+    assert not narrow
+
+
+@pytest.mark.parametrize("mode", MLA_MODES)
+def test_many_heads_take_the_latent_from_one_tile_and_share_the_scores(mode):
+    """See `kvq_core.kernels.mla`: two dots of 576 columns, of which each group of warps computes half the keys."""
+    opcodes = instructions(hopper(mode, MANY_HEADS).asm["ptx"])
+    latent = [opcode for opcode in opcodes if opcode.startswith("wgmma.mma_async") and "m64n32k16" in opcode]
+    values = [opcode for opcode in opcodes if "m64n256k16" in opcode]
+    loops = 2  # where all rows see all keys, and where not
+    assert len(latent) == loops * (512 // 16 + 2 * 64 // 16)
+    assert len(values) == loops * 64 // 16
