@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,21 @@ os.environ["TRITON_CACHE_DIR"] = str(Path(__file__).parents[1] / "build" / "trit
 
 settings.register_profile("reproducible", deadline=None, derandomize=True)
 settings.load_profile("reproducible")
+
+
+_TESTS_RUN = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _few_programs_in_memory() -> Iterator[None]:
+    """Drop what XLA compiled for the CPU now and then.
+
+    A program takes dozens of memory mappings, of which Linux gives a process 65530: past a thousand of our programs
+    the next compilation ends the process.
+    """
+    yield
+    if next(_TESTS_RUN) % 200 == 0 and not has_gpu() and "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.hookimpl(tryfirst=True)
