@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kvq_core import CacheLayout, KVQuantMode, reference
-from kvq_core.kernels.codec import decode_bytes, decode_words, encode_per_tensor
+from kvq_core.kernels.codec import decode_bytes, decode_pairs, encode_per_tensor
 from kvq_torch import KVCache, append_kv_, gather_kv
 from tests.compare import assert_same_bytes
 
@@ -32,18 +32,15 @@ def encode_patterns(first, codes_ptr, MODE: tl.constexpr, CAPS: tl.constexpr, TI
 
 
 @triton.jit
-def decode_all(words_ptr, from_bytes_ptr, from_words_ptr, MODE: tl.constexpr, CAPS: tl.constexpr, TILE: tl.constexpr):
-    """float16 [4, TILE] of the four bytes of each word, read as bytes and as words."""
+def decode_all(pairs_ptr, from_bytes_ptr, from_pairs_ptr, MODE: tl.constexpr, CAPS: tl.constexpr, TILE: tl.constexpr):
+    """float16 [2, TILE] of the two bytes of each pair, read as bytes and as pairs."""
     i = tl.arange(0, TILE)
-    words = tl.load(words_ptr + i)
-    bytes_ptr = words_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
-    x0, x1, x2, x3 = decode_words(words, MODE, CAPS)
-    tl.store(from_words_ptr + i, x0)
-    tl.store(from_words_ptr + TILE + i, x1)
-    tl.store(from_words_ptr + 2 * TILE + i, x2)
-    tl.store(from_words_ptr + 3 * TILE + i, x3)
-    for byte in tl.static_range(4):
-        codes = tl.load(bytes_ptr + i * 4 + byte)
+    bytes_ptr = pairs_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
+    lower, upper = decode_pairs(tl.load(pairs_ptr + i), MODE, CAPS)
+    tl.store(from_pairs_ptr + i, lower)
+    tl.store(from_pairs_ptr + TILE + i, upper)
+    for byte in tl.static_range(2):
+        codes = tl.load(bytes_ptr + i * 2 + byte)
         tl.store(from_bytes_ptr + byte * TILE + i, decode_bytes(codes, MODE, CAPS))
 
 
@@ -85,14 +82,14 @@ def test_every_float32_gets_the_same_float8_in_hardware_in_integer_code_and_in_m
 
 @pytest.mark.parametrize("caps", ["portable", "ptx", "ptx_fp8"])
 @pytest.mark.parametrize("mode", [*FLOAT8, "int8_per_token_head"])
-def test_every_code_is_read_alike_as_a_byte_and_as_part_of_a_word(mode, caps):
+def test_every_code_is_read_alike_as_a_byte_and_as_one_of_a_pair(mode, caps):
     rng = np.random.default_rng(0)
-    codes = np.stack([rng.permutation(np.arange(TILE) % 256) for _ in range(4)], axis=1).astype(np.uint8)  # [TILE, 4]
+    codes = np.stack([rng.permutation(np.arange(TILE) % 256) for _ in range(2)], axis=1).astype(np.uint8)  # [TILE, 2]
     with np.errstate(invalid="ignore"):
         expected = codes.view(KVQuantMode(mode).code_dtype).astype(np.float16).T.copy()
-    words = torch.from_numpy(codes.view(np.int32).reshape(TILE)).cuda()
-    results = torch.full((2, 4, TILE), 7.0, dtype=torch.float16, device="cuda")
-    decode_all[(1,)](words, results[0], results[1], mode, caps, TILE)
+    pairs = torch.from_numpy(codes.view(np.int16).reshape(TILE)).cuda()
+    results = torch.full((2, 2, TILE), 7.0, dtype=torch.float16, device="cuda")
+    decode_all[(1,)](pairs, results[0], results[1], mode, caps, TILE)
     for got in results.cpu().numpy():
         np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
         finite = ~np.isnan(expected)

@@ -62,8 +62,8 @@ def test_few_heads_keep_their_state_in_registers_and_read_no_code_byte_by_byte(m
 def test_many_heads_take_the_latent_from_one_tile_and_share_the_scores(mode):
     """See `kvq_core.kernels.mla`: two dots of 576 columns, of which each group of warps computes half the keys."""
     opcodes = instructions(hopper(mode, MANY_HEADS).asm["ptx"])
-    latent = [opcode for opcode in opcodes if opcode.startswith("wgmma.mma_async") and "m64n32k16" in opcode]
+    scores = [opcode for opcode in opcodes if opcode.startswith("wgmma.mma_async") and "m64n32k16" in opcode]
     values = [opcode for opcode in opcodes if "m64n256k16" in opcode]
     loops = 2  # where all rows see all keys, and where not
-    assert len(latent) == loops * (512 // 16 + 2 * 64 // 16)
+    assert len(scores) == loops * (512 // 16 + 64 // 16)
     assert len(values) == loops * 64 // 16

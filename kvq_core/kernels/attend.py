@@ -11,10 +11,10 @@ warps share out the keys and the columns, so that none converts what another has
 of every tile: there each warp has rows of its own, and the softmax stays within a warp. `first` and `second` place a
 vector along the named axes.
 
-V goes through one dot or (``S.v_parts``) four. Few rows take operands from registers, and there a dot operand of
-single bytes whose contraction axis is not contiguous would be read from shared memory byte by byte. So V of 8 bits is
-read as words of four neighbouring codes, and each byte of the words gets a dot of its own. Many rows take V from shared
-memory after it was converted, and wider V needs no conversion: one dot.
+V goes through one dot or (``S.v_parts``) two. Few rows take operands from registers, and there a dot operand of single
+bytes whose contraction axis is not contiguous would be read from shared memory byte by byte. So V of 8 bits is read as
+pairs of neighbouring codes, which ``ldmatrix`` transposes, and each byte of the pairs gets a dot of its own. Many rows
+take V from shared memory after it was converted, and wider V needs no conversion: one dot.
 """
 
 import triton
@@ -26,7 +26,7 @@ from kvq_core.kernels.codec import (
     bias_of,
     decode_biased,
     decode_bytes,
-    decode_words,
+    decode_pairs,
     round_for,
 )
 from kvq_core.kernels.pages import load_page_ids, record_offsets, row_offsets, scale_ptrs, typed_ptr
@@ -145,7 +145,7 @@ def _cast(x, DTYPE: tl.constexpr):
 def attend_keys(query, pool, start, end, all_visible_end, v_scale_ptr, S: tl.constexpr):
     """Attend to keys ``start`` to ``end``; those before ``all_visible_end`` are seen by every row.
 
-    Returns the normalized output as S.v_parts parts (see `part_columns`), and the log2 of the sum of exponentials.
+    Returns the normalized output as S.v_parts parts (see `join_parts`), and the log2 of the sum of exponentials.
     """
     m = tl.full([S.rows], float("-inf"), tl.float32)
     l = tl.full([S.rows], 0.0, tl.float32)
@@ -153,7 +153,7 @@ def attend_keys(query, pool, start, end, all_visible_end, v_scale_ptr, S: tl.con
     if S.v_parts == 1:
         acc = (part,)
     else:
-        acc = (part, part, part, part)
+        acc = (part, part)
     poison = tl.full([S.tile], 0.0, tl.float32)
     state = (m, l, acc, poison)
     masked_start = start
@@ -225,8 +225,6 @@ def attend_tile(state, query, pool, first_key, end, MASKED: tl.constexpr, S: tl.
         acc = (
             _accumulate(acc[0], p, v[0], visible, MASKED, S),
             _accumulate(acc[1], p, v[1], visible, MASKED, S),
-            _accumulate(acc[2], p, v[2], visible, MASKED, S),
-            _accumulate(acc[3], p, v[3], visible, MASKED, S),
         )
     return m_new, l, acc, poison
 
@@ -238,7 +236,7 @@ def scale_parts(parts, factor, S: tl.constexpr):
     if S.v_parts == 1:
         scaled = (parts[0] * f,)
     else:
-        scaled = (parts[0] * f, parts[1] * f, parts[2] * f, parts[3] * f)
+        scaled = (parts[0] * f, parts[1] * f)
     return scaled
 
 
@@ -329,9 +327,9 @@ def _load_v(pages_ptr, records, offset, exists, MASKED: tl.constexpr, S: tl.cons
     WIDTH: tl.constexpr = part_width(S)
     ALIGN: tl.constexpr = V.align
     PARTIAL: tl.constexpr = MASKED or WIDTH != PART
-    if S.v_parts == 4:
-        word = tl.multiple_of(row_offsets(records, offset, V) // 4, ALIGN // 4)
-        ptrs = pages_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + first(c, S) + second(word, S)
+    if S.v_parts == 2:
+        pair = tl.multiple_of(row_offsets(records, offset, V) // 2, ALIGN // 2)
+        ptrs = pages_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + first(c, S) + second(pair, S)
     else:
         element = tl.multiple_of(row_offsets(records, offset, V) // V.code_bytes, ALIGN // V.code_bytes)
         ptrs = typed_ptr(pages_ptr, MODE) + first(c, S) + second(element, S)
@@ -340,9 +338,9 @@ def _load_v(pages_ptr, records, offset, exists, MASKED: tl.constexpr, S: tl.cons
     else:
         ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (1, ALIGN)), (1, WIDTH))
     v = _load_rows(ptrs, mask, PARTIAL)
-    if S.v_parts == 4:
-        v0, v1, v2, v3 = decode_words(v, MODE, CAPS)
-        parts = (to_v_operand(v0, S), to_v_operand(v1, S), to_v_operand(v2, S), to_v_operand(v3, S))
+    if S.v_parts == 2:
+        v0, v1 = decode_pairs(v, MODE, CAPS)
+        parts = (to_v_operand(v0, S), to_v_operand(v1, S))
     else:
         if V.code_bytes == 1:
             v = decode_bytes(v, MODE, CAPS)
@@ -376,18 +374,30 @@ def _finish(state, v_scale_ptr, S: tl.constexpr):
 
 
 @triton.jit
-def part_columns(PART: tl.constexpr, S: tl.constexpr):
-    """Columns of the output that part PART holds, and which of them exist."""
-    c = tl.arange(0, part_width(S))
-    return S.v_parts * c + PART, c < S.records.v.head_dim // S.v_parts
+def out_columns(S: tl.constexpr):
+    """Columns of the output, and which of them exist."""
+    c = tl.arange(0, S.v_parts * part_width(S))
+    return c, c < S.records.v.head_dim
+
+
+@triton.jit
+def join_parts(parts, S: tl.constexpr):
+    """The tile that was held in parts, whose columns they take in turn."""
+    WIDTH: tl.constexpr = S.v_parts * part_width(S)
+    if S.v_parts == 1:
+        whole = parts[0]
+    elif S.keys_first:
+        whole = tl.reshape(tl.permute(tl.join(parts[0], parts[1]), (0, 2, 1)), [WIDTH, S.rows])
+    else:
+        whole = tl.reshape(tl.join(parts[0], parts[1]), [S.rows, WIDTH])
+    return whole
 
 
 @triton.jit
 def store_parts(out_ptr, row, stored, parts, S: tl.constexpr):
     """Store rows of output [.., head_dim_v] held in parts."""
-    PARTS: tl.constexpr = S.v_parts
     CAPS: tl.constexpr = S.records.caps
-    for PART in tl.static_range(PARTS):
-        columns, exist = part_columns(PART, S)
-        ptrs = out_ptr + first(columns, S) + second(row * S.records.v.head_dim, S)
-        tl.store(ptrs, round_for(out_ptr, parts[PART], CAPS), mask=first(exist, S) & second(stored, S))
+    columns, exist = out_columns(S)
+    ptrs = out_ptr + first(columns, S) + second(row * S.records.v.head_dim, S)
+    values = round_for(out_ptr, join_parts(parts, S), CAPS)
+    tl.store(ptrs, values, mask=first(exist, S) & second(stored, S))

@@ -208,20 +208,18 @@ def decode_bytes(codes, MODE: tl.constexpr, CAPS: tl.constexpr):
 
 
 @triton.jit
-def decode_words(words, MODE: tl.constexpr, CAPS: tl.constexpr):
-    """int32 words, each four neighbouring codes of one row, to four float16 tensors: bytes 0 to 3, exactly."""
+def decode_pairs(pairs, MODE: tl.constexpr, CAPS: tl.constexpr):
+    """int16, each two neighbouring codes of one row, to two float16 tensors: the lower bytes and the upper, exactly."""
     if MODE == "int8_per_token_head" and CAPS != "portable":
-        values = _int8_words_ptx(words)
+        values = _int8_pairs_ptx(pairs)
     elif MODE == "fp8_e5m2" and CAPS != "portable":
-        values = _e5m2_words_ptx(words)
+        values = _e5m2_pairs_ptx(pairs)
     elif MODE != "int8_per_token_head" and CAPS == "ptx_fp8":
-        values = _e4m3_words_ptx(words)
+        values = _e4m3_pairs_ptx(pairs)
     else:
         values = (
-            decode_bytes((words & 0xFF).to(tl.uint8), MODE, CAPS),
-            decode_bytes(((words >> 8) & 0xFF).to(tl.uint8), MODE, CAPS),
-            decode_bytes(((words >> 16) & 0xFF).to(tl.uint8), MODE, CAPS),
-            decode_bytes(((words >> 24) & 0xFF).to(tl.uint8), MODE, CAPS),
+            decode_bytes((pairs & 0xFF).to(tl.uint8), MODE, CAPS),
+            decode_bytes(((pairs >> 8) & 0xFF).to(tl.uint8), MODE, CAPS),
         )
     return values
 
@@ -328,82 +326,61 @@ def _e4m3_bytes_ptx(codes):
 
 
 @triton.jit
-def _int8_words_ptx(words):
-    """As `_int8_bytes_ptx`, on the words of two rows at a time: a result register holds one byte of each row."""
+def _int8_pairs_ptx(pairs):
+    """As `_int8_bytes_ptx`, on the pairs of two rows at a time: a result register holds one byte of each row."""
     return tl.inline_asm_elementwise(
         """
         {
-        .reg .b32 a, b, c, d, k, m;
-        mov.b32 k, 0x64806480;
-        mov.b32 m, 0x00ff00ff;
-        prmt.b32 a, $4, $5, 0x5410;
-        prmt.b32 b, $4, $5, 0x7632;
-        shr.u32 c, a, 8;
-        shr.u32 d, b, 8;
-        lop3.b32 a, a, m, k, 0x6A;
-        lop3.b32 c, c, m, k, 0x6A;
-        lop3.b32 b, b, m, k, 0x6A;
-        lop3.b32 d, d, m, k, 0x6A;
-        sub.f16x2 $0, a, k;
-        sub.f16x2 $1, c, k;
-        sub.f16x2 $2, b, k;
-        sub.f16x2 $3, d, k;
+        .reg .b32 t, a, b, c;
+        mov.b32 c, 0x64806480;
+        xor.b32 t, $2, 0x80808080;
+        prmt.b32 a, t, 0x64646464, 0x4240;
+        prmt.b32 b, t, 0x64646464, 0x4341;
+        sub.f16x2 $0, a, c;
+        sub.f16x2 $1, b, c;
         }
         """,
-        "=&r,=&r,=&r,=&r,r,r",
-        [words],
-        dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+        "=&r,=r,r",
+        [pairs],
+        dtype=(tl.float16, tl.float16),
         is_pure=True,
         pack=2,
     )
 
 
 @triton.jit
-def _e4m3_words_ptx(words):
-    """Pair the bytes of two rows, convert each pair in hardware."""
+def _e4m3_pairs_ptx(pairs):
+    """Bring together the bytes of two rows, convert each two of them in hardware."""
     return tl.inline_asm_elementwise(
         """
         {
-        .reg .b32 a, b;
-        .reg .b16 p, q, r, s;
-        prmt.b32 a, $4, $5, 0x5140;
-        prmt.b32 b, $4, $5, 0x7362;
-        mov.b32 {p, q}, a;
-        mov.b32 {r, s}, b;
-        cvt.rn.f16x2.e4m3x2 $0, p;
-        cvt.rn.f16x2.e4m3x2 $1, q;
-        cvt.rn.f16x2.e4m3x2 $2, r;
-        cvt.rn.f16x2.e4m3x2 $3, s;
+        .reg .b32 t;
+        .reg .b16 a, b;
+        prmt.b32 t, $2, 0, 0x3120;
+        mov.b32 {a, b}, t;
+        cvt.rn.f16x2.e4m3x2 $0, a;
+        cvt.rn.f16x2.e4m3x2 $1, b;
         }
         """,
-        "=&r,=&r,=&r,=&r,r,r",
-        [words],
-        dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+        "=&r,=r,r",
+        [pairs],
+        dtype=(tl.float16, tl.float16),
         is_pure=True,
         pack=2,
     )
 
 
 @triton.jit
-def _e5m2_words_ptx(words):
-    """A byte in the upper half of a float16 is its value: pair the bytes of two rows, clear the lower halves."""
+def _e5m2_pairs_ptx(pairs):
+    """A byte in the upper half of a float16 is its value."""
     return tl.inline_asm_elementwise(
         """
-        {
-        .reg .b32 a, b, c, d;
-        prmt.b32 a, $4, $5, 0x4000;
-        prmt.b32 b, $4, $5, 0x5010;
-        prmt.b32 c, $4, $5, 0x6020;
-        prmt.b32 d, $4, $5, 0x7030;
-        and.b32 $0, a, 0xff00ff00;
-        and.b32 $1, b, 0xff00ff00;
-        and.b32 $2, c, 0xff00ff00;
-        and.b32 $3, d, 0xff00ff00;
-        }
+        prmt.b32 $0, $2, 0, 0x2404;
+        prmt.b32 $1, $2, 0, 0x3414;
         """,
-        "=&r,=&r,=&r,=&r,r,r",
-        [words],
-        dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+        "=&r,=r,r",
+        [pairs],
+        dtype=(tl.float16, tl.float16),
         is_pure=True,
         pack=2,
     )

@@ -3,8 +3,8 @@
 In the specification ``S.records.v`` is the latent and ``S.records.k`` the rope part, what a key has besides its value.
 Scales are folded as in `kvq_core.kernels.attend`; the scale of a latent row multiplies its scores and its values.
 
-Few rows (of queries x heads) take their operands from registers: a latent of 8 bits is read as words of four
-neighbouring codes, and each byte of the words gets a dot of its own (``S.v_parts`` is 4), once over the rank for the
+Few rows (of queries x heads) take their operands from registers: a latent of 8 bits is read as pairs of
+neighbouring codes, and each byte of the pairs gets a dot of its own (``S.v_parts`` is 2), once over the rank for the
 scores and once over the keys for the values. 64 rows take both from one tile in shared memory, converted once.
 """
 
@@ -14,19 +14,20 @@ import triton.language as tl
 from kvq_core.kernels.attend import (
     LOG2E,
     MIN_SCALE,
-    part_columns,
+    out_columns,
     part_width,
     scale_parts,
     store_parts,
     to_k_operand,
     to_v_operand,
 )
-from kvq_core.kernels.codec import approximate_log2, approximate_reciprocal, decode_bytes, decode_words
+from kvq_core.kernels.codec import approximate_log2, approximate_reciprocal, decode_bytes, decode_pairs
 from kvq_core.kernels.decode import LN2, partial_lse
 from kvq_core.kernels.pages import load_page_ids, record_offsets, row_offsets, scale_ptrs, typed_ptr
 from kvq_core.kernels.segments import find_query_tile, find_sequence, keys_of, part_start, queries_of, total_tiles
 
 MANY_ROWS = tl.constexpr(64)
+SHARES = tl.constexpr(2)  # groups of four warps that share out the scores of many rows
 
 
 @triton.jit(do_not_specialize=["num_q_tokens", "num_seqs", "num_pages", "max_pages", "q_stride_token", "q_stride_head"])
@@ -140,7 +141,6 @@ def attend_mla_queries(
 def load_queries(q_ptr, k_scale_ptr, scratch, token, q_head, q_pos, valid, strides, S: tl.constexpr):
     """Rows of q: parts for the latent with what turns their dots into scores, the same for the rope part, q_pos."""
     ROPE: tl.constexpr = S.records.k
-    PARTS: tl.constexpr = S.v_parts
     stride_token, stride_head = strides
     element = token.to(tl.int64) * (stride_token.to(tl.int64) * S.q_align) + q_head.to(tl.int64) * (
         stride_head.to(tl.int64) * S.q_align
@@ -149,45 +149,31 @@ def load_queries(q_ptr, k_scale_ptr, scratch, token, q_head, q_pos, valid, strid
     d = tl.arange(0, ROPE.padded_dim)
     rope_mask = valid[:, None] & (d < ROPE.head_dim)[None, :]
     rope = tl.load(rows[:, None] + S.records.v.head_dim + d[None, :], mask=rope_mask, other=0.0)
-    if PARTS == 1:
-        latent = (_load_part(rows, valid, 0, S),)
-    else:
-        latent = (
-            _load_part(rows, valid, 0, S),
-            _load_part(rows, valid, 1, S),
-            _load_part(rows, valid, 2, S),
-            _load_part(rows, valid, 3, S),
-        )
+    columns, exist = out_columns(S)
+    latent = tl.load(rows[:, None] + columns[None, :], mask=valid[:, None] & exist[None, :], other=0.0)
     scale = tl.full([S.rows], S.sm_scale * LOG2E, tl.float32)
     if S.records.v.per_tensor:
         scale *= tl.load(k_scale_ptr)
     rope_scale = scale
     if S.normalize_q:
         rope_is_float16: tl.constexpr = S.k_operand == "float16"
-        largest = _largest_bits(latent[0])
-        if PARTS == 4:
-            others = tl.maximum(_largest_bits(latent[1]), _largest_bits(latent[2]))
-            largest = tl.maximum(tl.maximum(largest, _largest_bits(latent[3])), others)
+        largest = _largest_bits(latent)
         if rope_is_float16:
             largest = tl.maximum(largest, _largest_bits(rope))
         power, inverse = _powers(largest)
-        latent = scale_parts(latent, inverse, S)
+        latent = latent * inverse[:, None]
         scale *= power
         if rope_is_float16:
             rope = rope * inverse[:, None]
             rope_scale *= power
-    if PARTS == 1:
-        latent = (to_v_operand(latent[0], S),)
-    else:
-        latent = (
-            to_v_operand(latent[0], S),
-            to_v_operand(latent[1], S),
-            to_v_operand(latent[2], S),
-            to_v_operand(latent[3], S),
-        )
+    latent = to_v_operand(latent, S)
     if S.rows >= MANY_ROWS and S.normalize_q:
-        latent = (_through_memory(latent[0], scratch, valid, S),)
-    return latent, scale, to_k_operand(rope, S), rope_scale, q_pos
+        latent = _through_memory(latent, scratch, valid, S)
+    if S.v_parts == 1:
+        parts = (latent,)
+    else:
+        parts = tl.split(tl.reshape(latent, [S.rows, part_width(S), 2]))
+    return parts, scale, to_k_operand(rope, S), rope_scale, q_pos
 
 
 @triton.jit
@@ -197,7 +183,7 @@ def _through_memory(latent, scratch, valid, S: tl.constexpr):
     Anything else Triton keeps in registers, and there are not enough. Rows of the results are free until the end.
     """
     scratch_ptr, scratch_row = scratch
-    columns, exist = part_columns(0, S)
+    columns, exist = out_columns(S)
     ptr = scratch_ptr.to(tl.pointer_type(tl.float16), bitcast=True)
     ROW: tl.constexpr = S.records.v.head_dim * (scratch_ptr.dtype.element_ty.primitive_bitwidth // 16)
     ptrs = ptr + scratch_row[:, None] * ROW + columns[None, :]
@@ -205,12 +191,6 @@ def _through_memory(latent, scratch, valid, S: tl.constexpr):
     tl.store(ptrs, latent, mask=mask)
     tl.debug_barrier()
     return tl.load(ptrs, mask=mask, other=0.0)
-
-
-@triton.jit
-def _load_part(rows, valid, PART: tl.constexpr, S: tl.constexpr):
-    columns, exist = part_columns(PART, S)
-    return tl.load(rows[:, None] + columns[None, :], mask=valid[:, None] & exist[None, :], other=0.0)
 
 
 @triton.jit
@@ -234,15 +214,14 @@ def attend_keys(query, pool, start, end, all_visible_end, k_scale_ptr, S: tl.con
     Returns the normalized output as S.v_parts parts, and the log2 of the sum of exponentials.
     """
     m = tl.full([S.rows], float("-inf"), tl.float32)
-    if S.rows >= MANY_ROWS:
-        l = tl.full([S.rows], 0.0, tl.float32)
-    else:  # summed over the tile at the end, so that warps wait for each other once less a tile
-        l = tl.full([S.rows, S.tile], 0.0, tl.float32)
+    # Sums of probabilities, added up at the end, so that warps wait for each other once less a tile. Of many rows, what
+    # two groups of four warps share out has one sum for each of them; registers are short.
+    l = tl.full([S.rows, SHARES if S.rows >= MANY_ROWS else S.tile], 0.0, tl.float32)
     part = tl.full([S.rows, part_width(S)], 0.0, tl.float32)
     if S.v_parts == 1:
         acc = (part,)
     else:
-        acc = (part, part, part, part)
+        acc = (part, part)
     state = (m, l, acc)
     masked_start = start + tl.maximum(tl.minimum(end, all_visible_end) - start, 0) // S.tile * S.tile
     for first in range(start, masked_start, S.tile):
@@ -250,8 +229,7 @@ def attend_keys(query, pool, start, end, all_visible_end, k_scale_ptr, S: tl.con
     for first in tl.range(masked_start, end, S.tile, num_stages=1):
         state = attend_tile(state, query, pool, first, end, True, S)
     m, l, acc = state
-    if S.rows < MANY_ROWS:
-        l = tl.sum(l, axis=1)
+    l = tl.sum(l, axis=1)
     factor = tl.where(l == 0.0, 0.0, 1.0 / l)
     if S.records.v.per_tensor:
         factor *= tl.load(k_scale_ptr)
@@ -281,14 +259,9 @@ def attend_tile(state, query, pool, first, end, MASKED: tl.constexpr, S: tl.cons
         exponent = tl.where(wild, float("nan"), exponent)
     v = _decode(codes, S)
 
-    if S.rows >= MANY_ROWS:
-        # Always true, but it hides from Triton that another dot follows this one. It would have every group of four
-        # warps compute all scores, where now they share them.
-        x = tl.full([S.rows, S.tile], 0.0, tl.float32)
-        if first < end:
-            x = tl.dot(q_latent[0], tl.trans(v[0]), input_precision="ieee")
-        x = x * latent_scale[:, None]
-    elif S.v_parts == 1:
+    if S.rows >= MANY_ROWS:  # before the latent's dots or after them: whatever spills fewer registers
+        rope = _rope_scores(q_rope, pages_ptr, records, offset, S)
+    if S.v_parts == 1:
         x = tl.dot(q_latent[0], tl.trans(v[0]), input_precision="ieee") * latent_scale[:, None]
     else:
         # Decoded once more, in the order of registers that these dots want. One dot into the sum of another would be a
@@ -296,8 +269,7 @@ def attend_tile(state, query, pool, first, end, MASKED: tl.constexpr, S: tl.cons
         k = _decode(tl.trans(codes), S)
         x = tl.dot(q_latent[0], k[0], input_precision="ieee") * latent_scale[:, None]
         x += tl.dot(q_latent[1], k[1], input_precision="ieee") * latent_scale[:, None]
-        x += tl.dot(q_latent[2], k[2], input_precision="ieee") * latent_scale[:, None]
-        x += tl.dot(q_latent[3], k[3], input_precision="ieee") * latent_scale[:, None]
+    known = exponent
     if LATENT.per_token_head:
         row_scale = _load_scales(pages_ptr, records, offset, exists, MASKED, LATENT)
         x = x * row_scale[None, :]
@@ -306,11 +278,8 @@ def attend_tile(state, query, pool, first, end, MASKED: tl.constexpr, S: tl.cons
             known = tl.where(row_scale == row_scale, known, MIN_SCALE)
         if S.fold_v_scales:
             exponent += approximate_log2(known, CAPS)
-    rope_rows = _load_rope(pages_ptr, records, offset, S)
-    if S.rows >= MANY_ROWS and LATENT.per_token_head:
-        # Through registers: for an operand straight from a load, Triton keeps one more buffer than fits.
-        rope_rows = tl.where(in_pool[:, None], rope_rows, tl.zeros_like(rope_rows))
-    rope = tl.dot(q_rope, tl.trans(rope_rows), input_precision="ieee")
+    if S.rows < MANY_ROWS:
+        rope = _rope_scores(q_rope, pages_ptr, records, offset, S)
     x = x + (rope * rope_scale[:, None] + exponent[None, :])
     if MASKED:
         visible = exists[None, :]
@@ -318,21 +287,15 @@ def attend_tile(state, query, pool, first, end, MASKED: tl.constexpr, S: tl.cons
             visible = visible & (token[None, :] <= q_pos[:, None])
         x = tl.where(visible, x, float("-inf"))
 
-    m_new = tl.maximum(m, tl.max(x, axis=1))
-    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    alpha = tl.exp2(m - m_safe)
-    w = tl.exp2(x - (m_safe - S.p_shift)[:, None])
-    p = w
-    if LATENT.per_token_head:
-        if S.fold_v_scales:
-            w = w * approximate_reciprocal(known, CAPS)[None, :]
-        else:
-            p = w * known[None, :]
     if S.rows >= MANY_ROWS:
-        l = l * alpha + tl.sum(w, axis=1)
+        # Always true, but it hides from Triton that a dot follows those of the scores. It would have every group of
+        # four warps compute all scores, where now they share them.
+        alpha = tl.full([S.rows], 1.0, tl.float32)
+        p = to_v_operand(tl.full([S.rows, S.tile], 0.0, tl.float32), S)
+        if first < end:
+            m, l, alpha, p = _softmax(m, l, x, known, S)
     else:
-        l = l * alpha[:, None] + w
-    p = to_v_operand(p, S)
+        m, l, alpha, p = _softmax(m, l, x, known, S)
     acc = scale_parts(acc, alpha, S)
     if S.v_parts == 1:
         acc = (tl.dot(p, v[0], acc[0], input_precision="ieee"),)
@@ -340,23 +303,40 @@ def attend_tile(state, query, pool, first, end, MASKED: tl.constexpr, S: tl.cons
         acc = (
             tl.dot(p, v[0], acc[0], input_precision="ieee"),
             tl.dot(p, v[1], acc[1], input_precision="ieee"),
-            tl.dot(p, v[2], acc[2], input_precision="ieee"),
-            tl.dot(p, v[3], acc[3], input_precision="ieee"),
         )
-    return m_new, l, acc
+    return m, l, acc
+
+
+@triton.jit
+def _softmax(m, l, x, known, S: tl.constexpr):
+    """One step of the online softmax over scores x: the new maximum and sums, what scales the old, probabilities."""
+    CAPS: tl.constexpr = S.records.caps
+    m_new = tl.maximum(m, tl.max(x, axis=1))
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = tl.exp2(m - m_safe)
+    w = tl.exp2(x - (m_safe - S.p_shift)[:, None])
+    p = w
+    if S.records.v.per_token_head:
+        if S.fold_v_scales:
+            w = w * approximate_reciprocal(known, CAPS)[None, :]
+        else:
+            p = w * known[None, :]
+    if S.rows >= MANY_ROWS:
+        w = tl.sum(tl.reshape(w, [S.rows, SHARES, S.tile // SHARES]), axis=2)
+    return m_new, l * alpha[:, None] + w, alpha, to_v_operand(p, S)
 
 
 @triton.jit
 def _load_codes(pages_ptr, records, offset, readable, MASKED: tl.constexpr, S: tl.constexpr):
-    """Latent rows [tile, part_width]: elements, bytes, or (for 4 parts) words of four bytes."""
+    """Latent rows [tile, part_width]: elements, bytes, or (for 2 parts) pairs of bytes."""
     LATENT: tl.constexpr = S.records.v
     MODE: tl.constexpr = LATENT.mode
     WIDTH: tl.constexpr = part_width(S)
     PART: tl.constexpr = LATENT.head_dim // S.v_parts
     c = tl.arange(0, WIDTH)
     if S.v_parts != 1:
-        word = tl.multiple_of(row_offsets(records, offset, LATENT) // 4, 4)
-        ptrs = (pages_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + c)[None, :] + word[:, None]
+        pair = tl.multiple_of(row_offsets(records, offset, LATENT) // 2, 8)
+        ptrs = (pages_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + c)[None, :] + pair[:, None]
     else:
         element = tl.multiple_of(row_offsets(records, offset, LATENT) // LATENT.code_bytes, 16 // LATENT.code_bytes)
         ptrs = (typed_ptr(pages_ptr, MODE) + c)[None, :] + element[:, None]
@@ -376,13 +356,19 @@ def _decode(codes, S: tl.constexpr):
     MODE: tl.constexpr = S.records.v.mode
     CAPS: tl.constexpr = S.records.caps
     if S.v_parts != 1:
-        v0, v1, v2, v3 = decode_words(codes, MODE, CAPS)
-        parts = (to_v_operand(v0, S), to_v_operand(v1, S), to_v_operand(v2, S), to_v_operand(v3, S))
+        v0, v1 = decode_pairs(codes, MODE, CAPS)
+        parts = (to_v_operand(v0, S), to_v_operand(v1, S))
     elif S.records.v.code_bytes == 1:
         parts = (to_v_operand(decode_bytes(codes, MODE, CAPS), S),)
     else:
         parts = (to_v_operand(codes, S),)
     return parts
+
+
+@triton.jit
+def _rope_scores(q_rope, pages_ptr, records, offset, S: tl.constexpr):
+    rope = _load_rope(pages_ptr, records, offset, S)
+    return tl.dot(q_rope, tl.trans(rope), input_precision="ieee")
 
 
 @triton.jit
@@ -394,7 +380,13 @@ def _load_rope(pages_ptr, records, offset, S: tl.constexpr):
     DIM: tl.constexpr = ROPE.padded_dim
     d = tl.arange(0, DIM)
     element = tl.multiple_of(row_offsets(records, offset, ROPE) // ROPE.code_bytes, 16 // ROPE.code_bytes)
-    ptrs = (typed_ptr(pages_ptr, MODE) + d)[None, :] + element[:, None]
+    # As bits, where the latent goes through registers too: for an operand straight from a load, Triton keeps one more
+    # buffer than fits.
+    AS_BITS: tl.constexpr = S.rows >= MANY_ROWS and S.records.v.code_bytes == 1 and MODE == "bfloat16"
+    rope_ptr = typed_ptr(pages_ptr, MODE)
+    if AS_BITS:
+        rope_ptr = rope_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
+    ptrs = (rope_ptr + d)[None, :] + element[:, None]
     ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (1, 16)), (1, DIM))  # as in attend._scores
     if ROPE.head_dim != DIM:
         rope = tl.load(ptrs, mask=(d < ROPE.head_dim)[None, :], other=0)
@@ -402,6 +394,8 @@ def _load_rope(pages_ptr, records, offset, S: tl.constexpr):
         rope = tl.load(ptrs)
     if ROPE.code_bytes == 1:
         rope = decode_bytes(rope, MODE, CAPS)
+    if AS_BITS:
+        rope = rope.to(tl.bfloat16, bitcast=True)
     return to_k_operand(rope, S)
 
 
@@ -413,7 +407,7 @@ def _wild_rows(codes, S: tl.constexpr):
     elif S.v_parts == 1:
         wild = (codes & 0x7F) == 0x7F
     else:  # adding 1 to each byte carries into its top bit
-        wild = (((codes & 0x7F7F7F7F) + 0x01010101) & -0x7F7F7F80) != 0
+        wild = (((codes & 0x7F7F) + 0x0101) & -0x7F80) != 0
     return tl.max(wild.to(tl.int32), axis=1) > 0
 
 

@@ -8,7 +8,7 @@ from kvq_core.kernels.attend import (
     attend_keys,
     first,
     load_queries,
-    part_columns,
+    out_columns,
     scale_parts,
     second,
     store_parts,
@@ -114,7 +114,7 @@ def finish_queries(
             if HAS_PREFIX:
                 prefix_share *= sink_share
         if HAS_PREFIX or S.has_sinks:
-            columns, exist = part_columns(0, S)
+            columns, exist = out_columns(S)
             ptrs = first(columns, S) + second(out_row * S.records.v.head_dim, S)
             mask = first(exist, S) & second(valid, S)
             out = to_float32(tl.load(last_out_ptr + ptrs, mask=mask, other=0.0)) * second(share, S)

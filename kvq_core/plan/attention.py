@@ -127,7 +127,7 @@ def specify_attention(
         k_operand=operands.k,
         v_operand=operands.v,
         fold_v_scales=operands.v != "float32",
-        v_parts=4 if records.v.code_bytes == 1 and rows < _MANY_ROWS else 1,
+        v_parts=2 if records.v.code_bytes == 1 and rows < _MANY_ROWS else 1,
         p_shift=14.0 if operands.v == "float16" else 0.0,
         normalize_q=operands.k == "float16" and q.dtype == "bfloat16",
         sm_scale=float(layout.head_dim**-0.5 if sm_scale is None else sm_scale),
