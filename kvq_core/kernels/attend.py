@@ -172,6 +172,12 @@ def part_width(S):
     return max(16, S.records.v.padded_dim // S.v_parts)
 
 
+@triton.constexpr_function
+def has_halves(S):
+    """Whether parts are the halves of a V row; else, if there are two, they take its columns in turn."""
+    return S.v_parts == 2 and S.records.v.code_bytes != 1
+
+
 @triton.jit
 def attend_tile(state, query, pool, first_key, end, MASKED: tl.constexpr, S: tl.constexpr):
     """One step of the online softmax, S.tile keys from ``first_key``. With MASKED, not every row sees every key."""
@@ -375,17 +381,23 @@ def _finish(state, v_scale_ptr, S: tl.constexpr):
 
 @triton.jit
 def out_columns(S: tl.constexpr):
-    """Columns of the output, and which of them exist."""
+    """Columns of the output as `join_parts` has them, and which of them exist."""
     c = tl.arange(0, S.v_parts * part_width(S))
-    return c, c < S.records.v.head_dim
+    exist = c < S.records.v.head_dim
+    if has_halves(S) and S.records.v.head_dim != S.v_parts * part_width(S):
+        exist = c % part_width(S) < S.records.v.head_dim // 2
+        c = c % part_width(S) + c // part_width(S) * (S.records.v.head_dim // 2)
+    return c, exist
 
 
 @triton.jit
 def join_parts(parts, S: tl.constexpr):
-    """The tile that was held in parts, whose columns they take in turn."""
+    """The tile that was held in parts."""
     WIDTH: tl.constexpr = S.v_parts * part_width(S)
     if S.v_parts == 1:
         whole = parts[0]
+    elif has_halves(S):
+        whole = tl.reshape(tl.permute(tl.join(parts[0], parts[1]), (0, 2, 1)), [S.rows, WIDTH])
     elif S.keys_first:
         whole = tl.reshape(tl.permute(tl.join(parts[0], parts[1]), (0, 2, 1)), [WIDTH, S.rows])
     else:

@@ -3,9 +3,10 @@
 In the specification ``S.records.v`` is the latent and ``S.records.k`` the rope part, what a key has besides its value.
 Scales are folded as in `kvq_core.kernels.attend`; the scale of a latent row multiplies its scores and its values.
 
-Few rows (of queries x heads) take their operands from registers: a latent of 8 bits is read as pairs of
-neighbouring codes, and each byte of the pairs gets a dot of its own (``S.v_parts`` is 2), once over the rank for the
-scores and once over the keys for the values. 64 rows take both from one tile in shared memory, converted once.
+Few rows (of queries x heads) take their operands from registers, and the latent in two parts (``S.v_parts``), each with
+a dot over the rank for the scores and one over the keys for the values: 8-bit codes are read as pairs of neighbours,
+whose two bytes are the parts; a wider latent is read as two halves. 64 rows take both operands from one tile in shared
+memory, converted once.
 """
 
 import triton
@@ -14,6 +15,7 @@ import triton.language as tl
 from kvq_core.kernels.attend import (
     LOG2E,
     MIN_SCALE,
+    has_halves,
     out_columns,
     part_width,
     scale_parts,
@@ -149,31 +151,39 @@ def load_queries(q_ptr, k_scale_ptr, scratch, token, q_head, q_pos, valid, strid
     d = tl.arange(0, ROPE.padded_dim)
     rope_mask = valid[:, None] & (d < ROPE.head_dim)[None, :]
     rope = tl.load(rows[:, None] + S.records.v.head_dim + d[None, :], mask=rope_mask, other=0.0)
-    columns, exist = out_columns(S)
-    latent = tl.load(rows[:, None] + columns[None, :], mask=valid[:, None] & exist[None, :], other=0.0)
     scale = tl.full([S.rows], S.sm_scale * LOG2E, tl.float32)
     if S.records.v.per_tensor:
         scale *= tl.load(k_scale_ptr)
     rope_scale = scale
-    if S.normalize_q:
-        rope_is_float16: tl.constexpr = S.k_operand == "float16"
-        largest = _largest_bits(latent)
-        if rope_is_float16:
-            largest = tl.maximum(largest, _largest_bits(rope))
-        power, inverse = _powers(largest)
-        latent = latent * inverse[:, None]
-        scale *= power
-        if rope_is_float16:
-            rope = rope * inverse[:, None]
-            rope_scale *= power
-    latent = to_v_operand(latent, S)
-    if S.rows >= MANY_ROWS and S.normalize_q:
-        latent = _through_memory(latent, scratch, valid, S)
-    if S.v_parts == 1:
-        parts = (latent,)
+    if has_halves(S):
+        HALF: tl.constexpr = S.records.v.head_dim // 2
+        c = tl.arange(0, part_width(S))
+        mask = valid[:, None] & (c < HALF)[None, :]
+        lower = tl.load(rows[:, None] + c[None, :], mask=mask, other=0.0)
+        upper = tl.load(rows[:, None] + (HALF + c)[None, :], mask=mask, other=0.0)
+        latent = (to_v_operand(lower, S), to_v_operand(upper, S))
     else:
-        parts = tl.split(tl.reshape(latent, [S.rows, part_width(S), 2]))
-    return parts, scale, to_k_operand(rope, S), rope_scale, q_pos
+        columns, exist = out_columns(S)
+        whole = tl.load(rows[:, None] + columns[None, :], mask=valid[:, None] & exist[None, :], other=0.0)
+        if S.normalize_q:
+            rope_is_float16: tl.constexpr = S.k_operand == "float16"
+            largest = _largest_bits(whole)
+            if rope_is_float16:
+                largest = tl.maximum(largest, _largest_bits(rope))
+            power, inverse = _powers(largest)
+            whole = whole * inverse[:, None]
+            scale *= power
+            if rope_is_float16:
+                rope = rope * inverse[:, None]
+                rope_scale *= power
+        whole = to_v_operand(whole, S)
+        if S.rows >= MANY_ROWS and S.normalize_q:
+            whole = _through_memory(whole, scratch, valid, S)
+        if S.v_parts == 1:
+            latent = (whole,)
+        else:
+            latent = tl.split(tl.reshape(whole, [S.rows, part_width(S), 2]))
+    return latent, scale, to_k_operand(rope, S), rope_scale, q_pos
 
 
 @triton.jit
@@ -254,8 +264,15 @@ def attend_tile(state, query, pool, first, end, MASKED: tl.constexpr, S: tl.cons
     exponent = tl.where(in_pool, 0.0, float("nan"))
     if MASKED and S.queries > 1 and not LATENT.per_token_head:
         # NaN and infinities would reach the rows that do not see them. All rows that do get NaN.
-        wild = _wild_rows(codes, S)
-        codes = tl.where(wild[:, None], tl.zeros_like(codes), codes)
+        wild = _wild_rows(codes[0], S)
+        if not has_halves(S):
+            codes = (tl.where(wild[:, None], tl.zeros_like(codes[0]), codes[0]),)
+        else:
+            wild = wild | _wild_rows(codes[1], S)
+            codes = (
+                tl.where(wild[:, None], tl.zeros_like(codes[0]), codes[0]),
+                tl.where(wild[:, None], tl.zeros_like(codes[1]), codes[1]),
+            )
         exponent = tl.where(wild, float("nan"), exponent)
     v = _decode(codes, S)
 
@@ -264,9 +281,12 @@ def attend_tile(state, query, pool, first, end, MASKED: tl.constexpr, S: tl.cons
     if S.v_parts == 1:
         x = tl.dot(q_latent[0], tl.trans(v[0]), input_precision="ieee") * latent_scale[:, None]
     else:
-        # Decoded once more, in the order of registers that these dots want. One dot into the sum of another would be a
-        # chain that nothing hides; scaled one by one they are independent.
-        k = _decode(tl.trans(codes), S)
+        # One dot into the sum of another would be a chain that nothing hides, and tensor cores truncate. Scaled one
+        # by one they are independent. Codes are decoded once more, in the order of registers that these dots want.
+        if not has_halves(S):
+            k = _decode((tl.trans(codes[0]),), S)
+        else:
+            k = tl.trans(v[0]), tl.trans(v[1])
         x = tl.dot(q_latent[0], k[0], input_precision="ieee") * latent_scale[:, None]
         x += tl.dot(q_latent[1], k[1], input_precision="ieee") * latent_scale[:, None]
     known = exponent
@@ -328,18 +348,31 @@ def _softmax(m, l, x, known, S: tl.constexpr):
 
 @triton.jit
 def _load_codes(pages_ptr, records, offset, readable, MASKED: tl.constexpr, S: tl.constexpr):
-    """Latent rows [tile, part_width]: elements, bytes, or (for 2 parts) pairs of bytes."""
+    """Latent rows [tile, part_width]: elements, bytes, or for two parts pairs of bytes or two halves of elements."""
+    if not has_halves(S):
+        codes = (_load_columns(pages_ptr, records, offset, readable, 0, MASKED, S),)
+    else:
+        HALF: tl.constexpr = S.records.v.head_dim // 2
+        codes = (
+            _load_columns(pages_ptr, records, offset, readable, 0, MASKED, S),
+            _load_columns(pages_ptr, records, offset, readable, HALF, MASKED, S),
+        )
+    return codes
+
+
+@triton.jit
+def _load_columns(pages_ptr, records, offset, readable, FIRST: tl.constexpr, MASKED: tl.constexpr, S: tl.constexpr):
     LATENT: tl.constexpr = S.records.v
     MODE: tl.constexpr = LATENT.mode
     WIDTH: tl.constexpr = part_width(S)
     PART: tl.constexpr = LATENT.head_dim // S.v_parts
     c = tl.arange(0, WIDTH)
-    if S.v_parts != 1:
+    if S.v_parts == 2 and LATENT.code_bytes == 1:
         pair = tl.multiple_of(row_offsets(records, offset, LATENT) // 2, 8)
         ptrs = (pages_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + c)[None, :] + pair[:, None]
     else:
         element = tl.multiple_of(row_offsets(records, offset, LATENT) // LATENT.code_bytes, 16 // LATENT.code_bytes)
-        ptrs = (typed_ptr(pages_ptr, MODE) + c)[None, :] + element[:, None]
+        ptrs = (typed_ptr(pages_ptr, MODE) + FIRST + c)[None, :] + element[:, None]
     ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (1, 16)), (1, WIDTH))  # as in attend._scores
     if MASKED:
         codes = tl.load(ptrs, mask=readable[:, None] & (c < PART)[None, :], other=0)
@@ -355,13 +388,17 @@ def _decode(codes, S: tl.constexpr):
     """Codes as S.v_parts dot operands."""
     MODE: tl.constexpr = S.records.v.mode
     CAPS: tl.constexpr = S.records.caps
-    if S.v_parts != 1:
-        v0, v1 = decode_pairs(codes, MODE, CAPS)
-        parts = (to_v_operand(v0, S), to_v_operand(v1, S))
-    elif S.records.v.code_bytes == 1:
-        parts = (to_v_operand(decode_bytes(codes, MODE, CAPS), S),)
+    if S.v_parts == 1:
+        values = codes[0]
+        if S.records.v.code_bytes == 1:
+            values = decode_bytes(values, MODE, CAPS)
+        parts = (to_v_operand(values, S),)
     else:
-        parts = (to_v_operand(codes, S),)
+        if S.records.v.code_bytes == 1:
+            v0, v1 = decode_pairs(codes[0], MODE, CAPS)
+        else:
+            v0, v1 = codes
+        parts = (to_v_operand(v0, S), to_v_operand(v1, S))
     return parts
 
 

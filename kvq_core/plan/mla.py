@@ -153,7 +153,7 @@ def _shape(layout: MLALayout, queries: int | None, num_heads: int, operands: _Op
         rows=rows,
         row_blocks=row_blocks,
         queries=max(1, rows // num_heads) if queries is None else queries,
-        parts=1 if many or layout.mode.bits == 16 else 2,
+        parts=1 if many else 2,
         tile=16 if "float32" in operands else 64 if many or layout.mode.bits == 8 else 32,
         num_warps=num_warps,
         num_stages=3 if many and layout.mode.bits == 16 else 5,
