@@ -29,7 +29,7 @@ def _append_cases():
         yield AppendCase(f"mla-slots-{slots}", layout_of(FP8), num_tokens=40, slots=slots, slot_dtype="int64")
     for strides in ("fused", "odd"):
         yield AppendCase(f"mla-strides-{strides}", layout_of(), num_tokens=37, strides=strides)
-    yield AppendCase("mla-padded-pages", layout_of(page=5), pool="shared")
+    yield AppendCase("mla-padded-pages", layout_of(FP8, page=5), pool="shared")
 
 
 def _gather_cases():
@@ -39,6 +39,7 @@ def _gather_cases():
         yield GatherCase(f"mla-page-{page}", layout_of(FP8, page))
     yield GatherCase("mla-foreign-pages", layout_of(page=8), foreign=True)
     yield GatherCase("mla-no-sequences", layout_of(), lengths=())
+    yield GatherCase("mla-padded-pages", layout_of(FP8, page=8), pool="shared")
 
 
 def attention(name: str, layout: MLALayout, heads: int = 3, sm_scale: float = 0.15, **fields) -> AttentionCase:
@@ -65,7 +66,8 @@ def _shapes():
             layout = layout_of(mode, 16, rank, rope_dim)
             yield attention(f"{kind}-dims-{rank}-{rope_dim}-{mode}-heads-{heads}", layout, heads=heads, **KINDS[kind])
     for kind, mode in itertools.product(KINDS, ("fp8_e4m3", FP8)):
-        yield attention(f"{kind}-not-causal-{mode}", layout_of(mode), causal=False, **KINDS[kind])
+        tags = CALLBACK if (kind, mode) == ("prefill", FP8) else frozenset()
+        yield attention(f"{kind}-not-causal-{mode}", layout_of(mode), causal=False, **KINDS[kind], tags=tags)
     yield attention("max-seqlen-q", layout_of(), seqs=PREFILL, ragged=True, max_seqlen_q=40)
     yield attention(
         "two-queries-128-heads", layout_of(FP8), heads=128, seqs=((2, 90), (1, 3)), ragged=True, max_seqlen_q=2
@@ -106,7 +108,7 @@ def _calls():
         yield attention(f"{kind}-padded-pages", layout_of(FP8), pool="shared", **KINDS[kind])
         yield attention(f"{kind}-strides-fused", layout_of(), strides="fused", **KINDS[kind])
         yield attention(f"{kind}-strides-odd", layout_of(), 64, strides="odd", **KINDS[kind])
-    yield attention("shared-pages", layout_of(), seqs=((1, 40), (1, 32), (1, 64)), shared_pages=2)
+    yield attention("shared-pages", layout_of(), seqs=((1, 40), (1, 32), (1, 64)), shared_pages=2, tags=CALLBACK)
     yield attention("only-padding-rows", layout_of(), seqs=((0, 5), (0, 0)), ragged=True, padding_rows=3)
     yield attention("no-sequences", layout_of(), seqs=())
     yield attention("no-keys", layout_of(), seqs=((1, 0), (1, 0)))

@@ -9,18 +9,25 @@ from hypothesis import Phase, find, settings
 from hypothesis import strategies as st
 
 from tests import backends, support, test_properties
-from tests.support import COLUMNS, VARIANTS
+from tests.support import COLUMNS
+from tests.variants import MLA_VARIANTS, VARIANTS
 
 RANDOM_CASES = st.one_of(
     test_properties.append_cases(), test_properties.gather_cases(), test_properties.attention_cases()
 )
-variants = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+RANDOM_MLA_CASES = test_properties.mla_attention_cases()
+DRAWN = [(variant, RANDOM_CASES) for variant in VARIANTS if variant.drawn]
+DRAWN += [(variant, RANDOM_MLA_CASES) for variant in MLA_VARIANTS if variant.drawn]
 
 
-def test_the_readme_holds_the_table_that_the_cases_give():
+def name_of(variant):
+    return f"mla-{variant.name}" if variant in MLA_VARIANTS else variant.name
+
+
+def test_the_readme_holds_the_tables_that_the_cases_give():
     readme = support.README.read_text()
-    assert support.table() in readme, "run `python -m tests.support --write`"
-    assert support.with_table(readme) == readme, "run `python -m tests.support --write`"
+    assert support.tables() in readme, "run `python -m tests.support --write`"
+    assert support.with_tables(readme) == readme, "run `python -m tests.support --write`"
 
 
 def test_every_backend_is_in_one_column():
@@ -28,35 +35,35 @@ def test_every_backend_is_in_one_column():
     assert sorted(names) == sorted(backend.name for backend in backends.ALL)
 
 
-@variants
+@pytest.mark.parametrize("variant", [*VARIANTS, *MLA_VARIANTS], ids=name_of)
 def test_every_variant_is_covered_on_every_backend_that_has_it(variant):
-    covered = {column for column in COLUMNS if variant.covered(column)}
+    covered = {column for column in COLUMNS if support.covered(variant, column)}
     assert covered == {column for column in COLUMNS if column.framework not in variant.not_in}
 
 
 def test_every_case_is_one_of_some_variant():
-    conditions = [covers for variant in VARIANTS for covers in variant.conditions]
+    conditions = [covers for variant in (*VARIANTS, *MLA_VARIANTS) for covers in variant.conditions]
     assert [case.name for case in support.CASES if not any(covers(case) for covers in conditions)] == []
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.drawn], ids=lambda variant: variant.name)
-def test_hypothesis_draws_every_variant_that_the_readme_says_it_draws(variant):
+@pytest.mark.parametrize(("variant", "random_cases"), DRAWN, ids=[name_of(variant) for variant, _ in DRAWN])
+def test_hypothesis_draws_every_variant_that_the_readme_says_it_draws(variant, random_cases):
     enough = settings(max_examples=1000, phases=[Phase.generate])
     for covers in variant.conditions:
-        assert covers(find(RANDOM_CASES, covers, settings=enough))
+        assert covers(find(random_cases, covers, settings=enough))
 
 
 def test_a_cell_without_cases_claims_nothing():
     nothing = dataclasses.replace(VARIANTS[0], covers=lambda case: False)
-    assert nothing.covered(*COLUMNS) == set()
+    assert support.covered(nothing, *COLUMNS) == set()
     assert support.text_of(set()) == "-"
 
 
 def test_a_cell_that_lacks_a_mode_names_those_it_has():
     seen = support.Column("jax", "triton", "interpreter", ("jax-interpreter",))
     variant = next(variant for variant in VARIANTS if variant.name.startswith("`merge_states`"))
-    assert variant.cells()[0] == "int8, e4m3, bf16"
-    assert variant.cells()[1 + COLUMNS.index(seen)] == "int8"
+    assert support.cells(variant)[0] == "int8, e4m3, bf16"
+    assert support.cells(variant)[1 + COLUMNS.index(seen)] == "int8"
 
 
 @pytest.mark.parametrize(
