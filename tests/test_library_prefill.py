@@ -18,7 +18,8 @@ from tests.compare import Attention, assert_no_worse_than_naive
 from tests.naive import naive_attention
 
 INT8 = CacheLayout("int8_per_token_head", page_size=16, num_kv_heads=2, head_dim=64)
-MIXED = {"k_exponents": (-4, 4), "v_exponents": (-4, 4)}
+ROWS = CacheLayout("int8_per_token_head", page_size=16, num_kv_heads=2, head_dim=64, scale_placement="row")
+PER_TENSOR = CacheLayout("fp8_e4m3/fp8_e5m2", page_size=16, num_kv_heads=2, head_dim=64)
 
 
 def _case(name: str, *seqs: tuple[int, int], layout: CacheLayout = INT8, **options) -> AttentionCase:
@@ -46,8 +47,20 @@ CASES = [
     (_case("fused-q", (70, 130), strides="fused"), 130),
     (_case("transposed-q", (70, 130), strides="transposed"), 130),
     (_case("odd-q", (70, 130), strides="odd"), 130),
+    (_case("shared-pages", (70, 70), (70, 70), shared_pages=2), None),
+    (_case("padded-pages", (70, 130), pool="shared"), 130),
+    (_case("rows", (70, 70), layout=ROWS), None),
+    (_case("scales-per-tensor", (70, 70), layout=PER_TENSOR, k_scale=0.37, v_scale=1.7), None),
 ] + [
-    (_case(f"{mode}-{dim}", (70, 100), layout=CacheLayout(mode, page_size=page, num_kv_heads=1, head_dim=dim)), 100)
+    (
+        _case(
+            f"{mode}-{dim}-{length}",
+            (70, length),
+            layout=CacheLayout(mode, page_size=page, num_kv_heads=1, head_dim=dim),
+        ),
+        max_seqlen_k,
+    )
+    for length, max_seqlen_k in ((100, 100), (70, None))
     for mode, dim, page in (
         ("bfloat16", 128, 16),
         ("fp8_per_token_head", 128, 5),
@@ -97,12 +110,18 @@ def _dense_attention(q, k, v, *, is_causal, scale):
 
 
 WHOLE_PROMPTS = [case for case, max_seqlen_k in CASES if max_seqlen_k is None and not case.sinks]
+REFUSED_IN_JAX = {
+    "sinks": {"sinks": np.zeros(4, np.float32)},
+    "`return_lse`": {"return_lse": True},
+    "`max_seqlen_k` above `max_seqlen_q`": {"max_seqlen_k": 130},
+}
 on_whole_prompts = pytest.mark.parametrize("case", WHOLE_PROMPTS, ids=[case.name for case in WHOLE_PROMPTS])
 
 
 def _assert_jax_is_right(case: AttentionCase) -> None:
     inputs = case.inputs()
-    cache = kvq_jax.KVCache.create(case.layout, pages=inputs.pages)
+    scales = inputs.k_scale, inputs.v_scale
+    cache = kvq_jax.KVCache.create(case.layout, pages=inputs.pages, k_scale=scales[0], v_scale=scales[1])
     call = functools.partial(kvq_jax.paged_attention, cu_seqlens_q=inputs.cu_seqlens_q, **case.options(), impl="cudnn")
     out = np.asarray(jax.jit(call)(inputs.q, cache, inputs.page_table, inputs.seq_lens))
     exact, naive = _expected(case)
@@ -129,7 +148,7 @@ def _dense_attention_in_jax(q, k, v, scale):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("options", [{"return_lse": True}, {"max_seqlen_k": 130}, {"window": 3}])
+@pytest.mark.parametrize("options", [*REFUSED_IN_JAX.values(), {"window": 3}])
 def test_what_the_library_in_jax_cannot_do_is_refused(options):
     case, _ = CASES[0]
     inputs = _case("wide", (70, 130)).inputs()
