@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests import backends, cases, test_conformance
+from tests import backends, cases, library_support, test_conformance
 from tests.test_properties import EXAMPLES
 from tests.variants import MLA_VARIANTS, VARIANTS, Variant
 
@@ -104,7 +104,7 @@ def table(title: str, variants: Iterable[Variant]) -> str:
 
 def tables() -> str:
     """What stands between the markers of the README."""
-    return "\n".join((table("KV caches", VARIANTS), table("MLA caches", MLA_VARIANTS), drawn()))
+    return "\n".join((table("KV caches", VARIANTS), table("MLA caches", MLA_VARIANTS), drawn(), library()))
 
 
 def drawn() -> str:
@@ -117,6 +117,25 @@ def drawn() -> str:
         f"On every backend, hypothesis draws {min(counts)} to {max(counts)} random combinations of all rows but "
         f"these: {rest}; of MLA caches: {mla_rest}."
     )
+
+
+def library() -> str:
+    """What prefill through cuDNN takes, as a list."""
+    lead = (
+        "Prefill also goes through the framework's cuDNN attention, over values read back from the pages: where "
+        "`impl` says so, and by itself for long prompts on a GPU since Hopper. What it is tested with:"
+    )
+    needs = "; ".join(library_support.needs())
+    items = [*map(library_item, library_support.IMPLEMENTATIONS), f"- Both need, else `NotImplementedError`: {needs}."]
+    return paragraph(lead) + "\n" + "".join(map(paragraph, items))
+
+
+def library_item(implementation: library_support.Implementation) -> str:
+    """What one of them is tested with, and what it alone refuses."""
+    modes, variants = library_support.modes(implementation), library_support.variants(implementation)
+    item = f"- {implementation.framework} `{implementation.impl}`: {text_of(modes)}; {', '.join(variants)}."
+    refused = f" It refuses {', '.join(implementation.refused)}." if implementation.refused else ""
+    return item + refused
 
 
 def paragraph(text: str) -> str:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import Phase, find, settings
 from hypothesis import strategies as st
 
-from tests import backends, support, test_properties
+from kvq_core.plan import LibraryPlan
+from tests import backends, library_support, support, test_library_prefill, test_properties
 from tests.support import COLUMNS
 from tests.variants import MLA_VARIANTS, VARIANTS
 
@@ -79,3 +80,26 @@ def test_a_cell_that_lacks_a_mode_names_those_it_has():
 )
 def test_cells_read_as_modes_or_as_ranges(values, text):
     assert support.text_of(values) == text
+
+
+@pytest.mark.parametrize("variant", library_support.VARIANTS, ids=lambda variant: variant.name)
+def test_every_variant_of_library_prefill_is_covered_wherever_there_is_one(variant):
+    covered = {impl.framework for impl in library_support.IMPLEMENTATIONS if variant.covered(impl.cases)}
+    assert covered == {"torch", "jax"} - set(variant.not_in)
+
+
+def test_the_plan_takes_every_case_that_library_prefill_is_said_to_be_tested_with():
+    plans = {case.name: library_support.plan_of(case, length) for case, length in test_library_prefill.CASES}
+    assert {name: plan for name, plan in plans.items() if not isinstance(plan, LibraryPlan)} == {}
+
+
+def test_the_readme_names_every_need_of_library_prefill_that_is_refused_in_a_test():
+    needs = library_support.needs()
+    for _, message in test_library_prefill.REFUSED.values():
+        assert any(message in need for need in needs), message
+
+
+def test_library_prefill_claims_no_variant_and_no_mode_without_cases():
+    nothing = library_support.Implementation("torch", "sdpa", ())
+    assert library_support.variants(nothing) == []
+    assert library_support.modes(nothing) == set()

@@ -146,7 +146,8 @@ def is_not_causal(case: AttentionCase) -> bool:
 
 def has_scales(case: AttentionCase) -> bool:
     """Whether a per-tensor mode has a scale other than 1."""
-    sides = ((case.layout.k_mode, case.k_scale), (case.layout.v_mode, case.v_scale))
+    layout: Any = case.layout
+    sides = ((layout.k_mode, case.k_scale), (layout.v_mode, case.v_scale))
     return any(mode.is_per_tensor and scale != 1 for mode, scale in sides)
 
 
