@@ -27,6 +27,32 @@ class ArraySpec(NamedTuple):
     strides: tuple[int, ...]
 
 
+class AttentionCall(NamedTuple):
+    """What checks and plans may know of a call of ``paged_attention`` or ``mla_attention``: all but the values.
+
+    Launch plans are cached by it. So it is without ``max_seqlen_k``, which may differ at every step and changes no
+    kernel, and it is a tuple: a frozen dataclass takes three times as long to make and to look up.
+    """
+
+    q: ArraySpec
+    pages: ArraySpec
+    page_table: ArraySpec
+    seq_lens: ArraySpec
+    cu_seqlens_q: ArraySpec | None = None
+    sinks: ArraySpec | None = None
+    alibi_slopes: ArraySpec | None = None
+    max_seqlen_q: int | None = None
+    sm_scale: float | None = None
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+
+    @property
+    def score_scale(self) -> float:
+        """``sm_scale``, or its default."""
+        return self.q.shape[2] ** -0.5 if self.sm_scale is None else self.sm_scale
+
+
 def axis_stride(x: ArraySpec, axis: int) -> int:
     """Elements from index to index of an axis. The stride of one of length 1 says nothing, and differs by framework."""
     return x.strides[axis] if x.shape[axis] > 1 else math.prod(x.shape[axis + 1 :])
@@ -97,56 +123,42 @@ def check_copy_pages(pages: ArraySpec, src: ArraySpec, dst: ArraySpec) -> None:
     _check_vector("dst", dst, INDEX_DTYPES, "num_pairs", src.shape[0])
 
 
-def check_paged_attention(
-    layout: CacheLayout,
-    q: ArraySpec,
-    pages: ArraySpec,
-    page_table: ArraySpec,
-    seq_lens: ArraySpec,
-    *,
-    cu_seqlens_q: ArraySpec | None,
-    max_seqlen_q: int | None,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    sm_scale: float | None,
-    sinks: ArraySpec | None,
-    alibi_slopes: ArraySpec | None,
-) -> None:
+def check_paged_attention(layout: CacheLayout, call: AttentionCall) -> None:
     """Check the arguments of ``paged_attention``.
 
     Args:
         layout: the layout of ``pages``.
-        q: bfloat16, float16 or float32 ``[num_q_tokens, num_q_heads, head_dim]``, last axis contiguous.
-        pages: uint8, the axes of ``layout``.
-        page_table: int32 ``[num_seqs, max_pages]``, contiguous.
-        seq_lens: int32 ``[num_seqs]``, contiguous.
-        cu_seqlens_q: int32 ``[num_seqs + 1]``, contiguous; None for one query per sequence.
-        max_seqlen_q: an integer from 1, or None.
-        causal: a bool.
-        window: an integer from 1, or None.
-        softcap: a finite number above 0, or None.
-        sm_scale: a finite number, or None.
-        sinks: float32 ``[num_q_heads]``, contiguous, or None.
-        alibi_slopes: float32 ``[num_q_heads]``, contiguous, or None.
+        call: its arguments:
+            q: bfloat16, float16 or float32 ``[num_q_tokens, num_q_heads, head_dim]``, last axis contiguous.
+            pages: uint8, the axes of ``layout``.
+            page_table: int32 ``[num_seqs, max_pages]``, contiguous.
+            seq_lens: int32 ``[num_seqs]``, contiguous.
+            cu_seqlens_q: int32 ``[num_seqs + 1]``, contiguous; None for one query per sequence.
+            max_seqlen_q: an integer from 1, or None.
+            sm_scale: a finite number, or None.
+            causal: a bool.
+            window: an integer from 1, or None.
+            softcap: a finite number above 0, or None.
+            sinks: float32 ``[num_q_heads]``, contiguous, or None.
+            alibi_slopes: float32 ``[num_q_heads]``, contiguous, or None.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    num_kv_heads = _check_pages(pages, layout)
-    _check_query(q, num_kv_heads, layout.head_dim)
-    num_seqs = _check_sequences(page_table, seq_lens)
-    _check_cu_seqlens_q(cu_seqlens_q, q.shape[0], num_seqs)
-    for name, spec in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
+    num_kv_heads = _check_pages(call.pages, layout)
+    _check_query(call.q, num_kv_heads, layout.head_dim)
+    num_seqs = _check_sequences(call.page_table, call.seq_lens)
+    _check_cu_seqlens_q(call.cu_seqlens_q, call.q.shape[0], num_seqs)
+    for name, spec in (("sinks", call.sinks), ("alibi_slopes", call.alibi_slopes)):
         if spec is not None:
-            _check_vector(name, spec, ("float32",), "num_q_heads", q.shape[1])
-    _check_bool("causal", causal)
-    check_count("max_seqlen_q", max_seqlen_q)
-    check_count("window", window)
-    _check_number("sm_scale", sm_scale)
-    _check_number("softcap", softcap)
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"expected softcap above 0; got {softcap!r}. None turns it off")
+            _check_vector(name, spec, ("float32",), "num_q_heads", call.q.shape[1])
+    _check_bool("causal", call.causal)
+    check_count("max_seqlen_q", call.max_seqlen_q)
+    check_count("window", call.window)
+    _check_number("sm_scale", call.sm_scale)
+    _check_number("softcap", call.softcap)
+    if call.softcap is not None and call.softcap <= 0:
+        raise ValueError(f"expected softcap above 0; got {call.softcap!r}. None turns it off")
 
 
 def check_merge_states(

@@ -8,6 +8,7 @@ from kvq_core.arguments import (
     FLOAT_DTYPES,
     INDEX_DTYPES,
     ArraySpec,
+    AttentionCall,
     _check_bool,
     _check_cu_seqlens_q,
     _check_dtype,
@@ -81,44 +82,36 @@ def check_gather_mla(layout: MLALayout, pages: ArraySpec, page_table: ArraySpec,
     _check_sequences(page_table, seq_lens)
 
 
-def check_mla_attention(
-    layout: MLALayout,
-    q: ArraySpec,
-    pages: ArraySpec,
-    page_table: ArraySpec,
-    seq_lens: ArraySpec,
-    *,
-    cu_seqlens_q: ArraySpec | None,
-    max_seqlen_q: int | None,
-    sm_scale: float,
-    causal: bool,
-) -> None:
+def check_mla_attention(layout: MLALayout, call: AttentionCall) -> None:
     """Check the arguments of ``mla_attention``.
 
     Args:
         layout: the layout of ``pages``.
-        q: bfloat16, float16 or float32 ``[num_q_tokens, num_heads, kv_lora_rank + rope_dim]``, last axis contiguous.
-        pages: uint8 ``[num_pages, 1, record_bytes]``.
-        page_table: int32 ``[num_seqs, max_pages]``, contiguous.
-        seq_lens: int32 ``[num_seqs]``, contiguous.
-        cu_seqlens_q: int32 ``[num_seqs + 1]``, contiguous; None for one query per sequence.
-        max_seqlen_q: an integer from 1, or None.
-        sm_scale: a finite number.
-        causal: a bool.
+        call: its arguments:
+            q: bfloat16, float16 or float32 ``[num_q_tokens, num_heads, kv_lora_rank + rope_dim]``, last axis
+                contiguous.
+            pages: uint8 ``[num_pages, 1, record_bytes]``.
+            page_table: int32 ``[num_seqs, max_pages]``, contiguous.
+            seq_lens: int32 ``[num_seqs]``, contiguous.
+            cu_seqlens_q: int32 ``[num_seqs + 1]``, contiguous; None for one query per sequence.
+            max_seqlen_q: an integer from 1, or None.
+            sm_scale: a finite number.
+            causal: a bool.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    _check_pages(pages, layout)
+    q = call.q
+    _check_pages(call.pages, layout)
     _check_dtype("q", q, FLOAT_DTYPES)
     _check_shape("q", q, {"num_q_tokens": None, "num_heads": None, "kv_lora_rank + rope_dim": layout.head_dim})
     _check_rows_contiguous("q", q)
     if q.shape[1] == 0:
         raise ValueError("expected q with at least one head; got num_heads=0")
-    num_seqs = _check_sequences(page_table, seq_lens)
-    _check_cu_seqlens_q(cu_seqlens_q, q.shape[0], num_seqs)
-    _check_bool("causal", causal)
-    check_count("max_seqlen_q", max_seqlen_q)
-    if sm_scale is None:
+    num_seqs = _check_sequences(call.page_table, call.seq_lens)
+    _check_cu_seqlens_q(call.cu_seqlens_q, q.shape[0], num_seqs)
+    _check_bool("causal", call.causal)
+    check_count("max_seqlen_q", call.max_seqlen_q)
+    if call.sm_scale is None:
         raise TypeError("expected sm_scale to be a Python number; got None. It depends on the head size before MLA")
-    _check_number("sm_scale", sm_scale)
+    _check_number("sm_scale", call.sm_scale)

@@ -15,6 +15,7 @@ import numpy as np
 from kvq_core.arguments import (
     FLOAT_DTYPES,
     ArraySpec,
+    AttentionCall,
     check_append_kv,
     check_copy_pages,
     check_gather_kv,
@@ -184,25 +185,20 @@ def paged_attention(
     Raises:
         TypeError, ValueError: see `kvq_core.arguments.check_paged_attention`.
     """
-    check_paged_attention(
-        layout,
-        _spec(q),
-        _spec(pages),
-        _spec(page_table),
-        _spec(seq_lens),
-        cu_seqlens_q=_optional_spec(cu_seqlens_q),
+    call = AttentionCall(
+        *map(_spec, (q, pages, page_table, seq_lens)),
+        *map(_optional_spec, (cu_seqlens_q, sinks, alibi_slopes)),
         max_seqlen_q=max_seqlen_q,
+        sm_scale=sm_scale,
         causal=causal,
         window=window,
         softcap=softcap,
-        sm_scale=sm_scale,
-        sinks=_optional_spec(sinks),
-        alibi_slopes=_optional_spec(alibi_slopes),
     )
+    check_paged_attention(layout, call)
     num_kv_heads = pages.shape[layout.head_axis]
     heads = (num_kv_heads, q.shape[1] // num_kv_heads)  # query head h reads KV head h // heads[1]
     scoring = _Scoring(
-        sm_scale=q.shape[2] ** -0.5 if sm_scale is None else sm_scale,
+        sm_scale=call.score_scale,
         causal=causal,
         window=window,
         softcap=softcap,
@@ -299,17 +295,14 @@ def mla_attention(
     Raises:
         TypeError, ValueError: see `kvq_core.mla_arguments.check_mla_attention`.
     """
-    check_mla_attention(
-        layout,
-        _spec(q),
-        _spec(pages),
-        _spec(page_table),
-        _spec(seq_lens),
+    call = AttentionCall(
+        *map(_spec, (q, pages, page_table, seq_lens)),
         cu_seqlens_q=_optional_spec(cu_seqlens_q),
         max_seqlen_q=max_seqlen_q,
         sm_scale=sm_scale,
         causal=causal,
     )
+    check_mla_attention(layout, call)
     heads = (1, q.shape[1])
     no_slopes, no_sinks = _per_head(None, heads, default=0.0), _per_head(None, heads, default=-np.inf)
     scoring = _Scoring(sm_scale, causal, window=None, softcap=None, slopes=no_slopes, sinks=no_sinks)

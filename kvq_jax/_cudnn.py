@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
+from kvq_core.arguments import AttentionCall
 from kvq_core.plan import LibraryPlan, library_is_faster, plan_library_attention
-from kvq_jax._interop import array_spec, device_facts, optional_spec
+from kvq_jax._interop import device_facts
 from kvq_jax._triton import launch
 from kvq_jax.cache import KVCache
 
 
 def paged_attention(
+    call: AttentionCall,
+    max_seqlen_k: int | None,
     q: jax.Array,
     cache: KVCache,
     page_table: jax.Array,
     seq_lens: jax.Array,
+    cu_seqlens_q: jax.Array | None,
     *,
     is_wanted: bool,
     return_lse: bool,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    cu_seqlens_q: jax.Array | None,
-    sinks: jax.Array | None,
-    alibi_slopes: jax.Array | None,
-    **numbers: Any,
 ) -> jax.Array | None:
     """Return values ``[num_q_tokens, num_q_heads, head_dim]``; None if the library cannot make them, or is slower.
 
@@ -34,20 +30,10 @@ def paged_attention(
         NotImplementedError: ``is_wanted``, and the library cannot do it.
     """
     device = device_facts(cache.pages)
-    lengths = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
-    if not is_wanted and not library_is_faster(array_spec(q), **lengths, device=device):
+    if not is_wanted and not library_is_faster(call, max_seqlen_k, device):
         return None
-    plan = plan_library_attention(
-        cache.layout,
-        *(array_spec(x) for x in (q, cache.pages, page_table, seq_lens)),
-        **lengths,
-        cu_seqlens_q=optional_spec(cu_seqlens_q),
-        sinks=optional_spec(sinks),
-        alibi_slopes=optional_spec(alibi_slopes),
-        **numbers,
-        device=device,
-    )
-    needs_lse = return_lse or sinks is not None or (max_seqlen_k or 0) > (max_seqlen_q or q.shape[0])
+    plan = plan_library_attention(cache.layout, call, max_seqlen_k, device)
+    needs_lse = return_lse or call.sinks is not None or (max_seqlen_k or 0) > (call.max_seqlen_q or q.shape[0])
     if isinstance(plan, LibraryPlan) and needs_lse:  # which jax.nn rounds to bfloat16: too coarse
         plan = "expected no log-sum-exp to be needed; got return_lse, sinks, or max_seqlen_k > max_seqlen_q"
     if isinstance(plan, LibraryPlan):

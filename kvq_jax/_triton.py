@@ -9,12 +9,12 @@ from __future__ import annotations
 import importlib
 import os
 from types import ModuleType
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvq_core.arguments import AttentionCall
 from kvq_core.plan import (
     DeviceFacts,
     LaunchPlan,
@@ -24,7 +24,7 @@ from kvq_core.plan import (
     plan_mla_attention,
     plan_paged_attention,
 )
-from kvq_jax._interop import array_spec, device_facts, optional_spec, vary_like
+from kvq_jax._interop import array_spec, device_facts, vary_like
 from kvq_jax.cache import KVCache
 
 
@@ -77,26 +77,18 @@ def copy_pages(pages: jax.Array, src: jax.Array, dst: jax.Array) -> jax.Array:
 
 
 def paged_attention(
+    call: AttentionCall,
     q: jax.Array,
     cache: KVCache,
     page_table: jax.Array,
     seq_lens: jax.Array,
-    *,
     cu_seqlens_q: jax.Array | None,
     sinks: jax.Array | None,
     alibi_slopes: jax.Array | None,
-    **numbers: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Return values in q's dtype ``[num_q_tokens, num_q_heads, head_dim_v]`` and log-sum-exp, float32."""
     layout, pages, device = cache.layout, cache.pages, device_facts(cache.pages)
-    optional = {"cu_seqlens_q": cu_seqlens_q, "sinks": sinks, "alibi_slopes": alibi_slopes}
-    plan = plan_paged_attention(
-        layout,
-        *(array_spec(x) for x in (q, pages, page_table, seq_lens)),
-        **{name: optional_spec(x) for name, x in optional.items()},
-        **numbers,
-        device=device,
-    )
+    plan = plan_paged_attention(layout, call, device)
     if plan is None:
         out = jnp.zeros((*q.shape[:2], layout.head_dim_v or 0), q.dtype)
         return out, jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
@@ -113,23 +105,16 @@ def paged_attention(
 
 
 def mla_attention(
+    call: AttentionCall,
     q: jax.Array,
     cache: KVCache,
     page_table: jax.Array,
     seq_lens: jax.Array,
-    *,
     cu_seqlens_q: jax.Array | None,
-    **numbers: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Return values in q's dtype ``[num_q_tokens, num_heads, kv_lora_rank]`` and log-sum-exp, float32."""
     layout, pages, device = cache.layout, cache.pages, device_facts(cache.pages)
-    plan = plan_mla_attention(
-        layout,
-        *(array_spec(x) for x in (q, pages, page_table, seq_lens)),
-        cu_seqlens_q=optional_spec(cu_seqlens_q),
-        **numbers,
-        device=device,
-    )
+    plan = plan_mla_attention(layout, call, device)
     if plan is None:
         out = jnp.zeros((*q.shape[:2], layout.head_dim_v or 0), q.dtype)
         return out, jnp.full(q.shape[:2], -jnp.inf, jnp.float32)

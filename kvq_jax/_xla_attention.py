@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kvq_core.arguments import AttentionCall
 from kvq_core.mla import MLALayout
 from kvq_jax._interop import vary_like
 from kvq_jax._pages import is_page, read_pages
@@ -24,10 +25,7 @@ _dot = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 class _Rule(NamedTuple):
     """How a query scores the keys and which it sees, the same for all sequences."""
 
-    sm_scale: float
-    causal: bool
-    window: int
-    softcap: float | None
+    call: AttentionCall
     sinks: jax.Array | None  # float32 [num_kv_heads, group]
     alibi_slopes: jax.Array | None  # float32 [num_kv_heads, group]
 
@@ -41,19 +39,14 @@ class _Keys(NamedTuple):
     is_foreign: jax.Array  # bool [max_keys], on a page outside the pool
 
 
-@functools.partial(jax.jit, static_argnames=("max_seqlen_q", "sm_scale", "causal", "window", "softcap"))
+@functools.partial(jax.jit, static_argnames="call")
 def paged_attention(
+    call: AttentionCall,
     q: jax.Array,
     cache: KVCache,
     page_table: jax.Array,
     seq_lens: jax.Array,
-    *,
     cu_seqlens_q: jax.Array | None,
-    max_seqlen_q: int | None,
-    sm_scale: float | None,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
     sinks: jax.Array | None,
     alibi_slopes: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -65,18 +58,16 @@ def paged_attention(
     inputs = [q, *jax.tree.leaves(cache), page_table, seq_lens]
     inputs += [x for x in (cu_seqlens_q, sinks, alibi_slopes) if x is not None]
     results = vary_like((out, lse), *inputs)
+    most_queries = call.max_seqlen_q or num_q_tokens
     if cu_seqlens_q is None:
-        cu_seqlens_q, max_seqlen_q = jnp.arange(len(seq_lens) + 1, dtype=jnp.int32), 1
+        cu_seqlens_q, most_queries = jnp.arange(len(seq_lens) + 1, dtype=jnp.int32), 1
     rule = _Rule(
-        head_dim**-0.5 if sm_scale is None else sm_scale,
-        causal,
-        NO_WINDOW if window is None else min(window, NO_WINDOW),
-        softcap,
+        call,
         None if sinks is None else sinks.reshape(heads),
         None if alibi_slopes is None else alibi_slopes.reshape(heads),
     )
     rows = q.astype(jnp.float32).reshape(num_q_tokens, *heads, head_dim)
-    tile = _tile_queries(max_seqlen_q or num_q_tokens, num_q_heads * page_table.shape[1] * cache.layout.page_size)
+    tile = _tile_queries(most_queries, num_q_heads * page_table.shape[1] * cache.layout.page_size)
 
     def attend_sequence(seq: jax.Array, results: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         keys = _read_keys(cache, page_table[seq], seq_lens[seq])
@@ -90,20 +81,15 @@ def paged_attention(
 
 
 def mla_attention(
+    call: AttentionCall,
     q: jax.Array,
     cache: KVCache,
     page_table: jax.Array,
     seq_lens: jax.Array,
-    *,
     cu_seqlens_q: jax.Array | None,
-    max_seqlen_q: int | None,
-    sm_scale: float,
-    causal: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """`paged_attention` where a key is ``[latent | rope]`` and its value the latent."""
-    options = {"window": None, "softcap": None, "sinks": None, "alibi_slopes": None}
-    numbers = {"max_seqlen_q": max_seqlen_q, "sm_scale": sm_scale, "causal": causal}
-    return paged_attention(q, cache, page_table, seq_lens, cu_seqlens_q=cu_seqlens_q, **numbers, **options)
+    return paged_attention(call, q, cache, page_table, seq_lens, cu_seqlens_q, sinks=None, alibi_slopes=None)
 
 
 def _tile_queries(max_queries: int, scores_per_query: int) -> int:
@@ -162,15 +148,16 @@ def _attend(rule: _Rule, keys: _Keys, q: jax.Array, positions: jax.Array) -> tup
 def _visible(rule: _Rule, keys: _Keys, positions: jax.Array) -> jax.Array:
     """bool ``[queries, max_keys]``."""
     j, p = jnp.arange(keys.k.shape[0]), positions[:, None]
-    visible = (j < keys.seq_len) & (j > p - rule.window)
-    return visible & (j <= p) if rule.causal else visible
+    visible = (j < keys.seq_len) & (j > p - min(rule.call.window or NO_WINDOW, NO_WINDOW))
+    return visible & (j <= p) if rule.call.causal else visible
 
 
 def _scores(rule: _Rule, keys: _Keys, q: jax.Array, positions: jax.Array) -> jax.Array:
     """float32 ``[queries, num_kv_heads, group, max_keys]``, not masked yet."""
-    scores = _dot("thgd,jhd->thgj", q, keys.k) * rule.sm_scale
-    if rule.softcap is not None:
-        scores = rule.softcap * jnp.tanh(scores / rule.softcap)
+    scores = _dot("thgd,jhd->thgj", q, keys.k) * rule.call.score_scale
+    softcap = rule.call.softcap
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     if rule.alibi_slopes is not None:
         distances = (jnp.arange(keys.k.shape[0]) - positions[:, None]).astype(jnp.float32)
         scores = scores + rule.alibi_slopes[..., None] * distances[:, None, None]
@@ -195,5 +182,5 @@ def _weighted_values(weights: jax.Array, visible: jax.Array, v: jax.Array) -> ja
 def _is_poisoned(rule: _Rule, keys: _Keys, positions: jax.Array, visible: jax.Array) -> jax.Array:
     """Whether each query sees a key on a page outside the pool, or past the page table: bool ``[queries]``."""
     last = keys.seq_len - 1
-    last = jnp.minimum(positions, last) if rule.causal else jnp.broadcast_to(last, positions.shape)
+    last = jnp.minimum(positions, last) if rule.call.causal else jnp.broadcast_to(last, positions.shape)
     return (visible & keys.is_foreign).any(axis=-1) | (last >= keys.k.shape[0])

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from kvq_core.arguments import AttentionCall
 from kvq_core.mla import MLALayout
 from kvq_core.mla_arguments import check_append_mla, check_gather_mla, check_kind, check_mla_attention
 from kvq_jax._interop import Array, array_spec, as_jax, optional_spec
@@ -107,8 +108,13 @@ def mla_attention(
     implementation = _implementation(impl, cache)
     q, page_table, seq_lens = as_jax("q", q), as_jax("page_table", page_table), as_jax("seq_lens", seq_lens)
     cu_seqlens_q = None if cu_seqlens_q is None else as_jax("cu_seqlens_q", cu_seqlens_q)
-    numbers: dict[str, Any] = {"max_seqlen_q": max_seqlen_q, "sm_scale": sm_scale, "causal": causal}
-    specs = (array_spec(x) for x in (q, cache.pages, page_table, seq_lens))
-    check_mla_attention(layout, *specs, cu_seqlens_q=optional_spec(cu_seqlens_q), **numbers)
-    out, lse = implementation.mla_attention(q, cache, page_table, seq_lens, cu_seqlens_q=cu_seqlens_q, **numbers)
+    call = AttentionCall(
+        *map(array_spec, (q, cache.pages, page_table, seq_lens)),
+        cu_seqlens_q=optional_spec(cu_seqlens_q),
+        max_seqlen_q=max_seqlen_q,
+        sm_scale=sm_scale,
+        causal=causal,
+    )
+    check_mla_attention(layout, call)
+    out, lse = implementation.mla_attention(call, q, cache, page_table, seq_lens, cu_seqlens_q)
     return (out, lse) if return_lse else out

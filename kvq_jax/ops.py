@@ -13,7 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kvq_core.arguments import check_append_kv, check_copy_pages, check_count, check_gather_kv, check_paged_attention
+from kvq_core.arguments import (
+    AttentionCall,
+    check_append_kv,
+    check_copy_pages,
+    check_count,
+    check_gather_kv,
+    check_paged_attention,
+)
 from kvq_core.layout import CacheLayout
 from kvq_core.mla_arguments import check_kind
 from kvq_jax import _cudnn, _triton, _xla
@@ -153,30 +160,25 @@ def paged_attention(
     implementation = _implementation("triton" if impl == "cudnn" else impl, cache)
     q, page_table, seq_lens = as_jax("q", q), as_jax("page_table", page_table), as_jax("seq_lens", seq_lens)
     optional = {"cu_seqlens_q": cu_seqlens_q, "sinks": sinks, "alibi_slopes": alibi_slopes}
-    arrays = {name: None if x is None else as_jax(name, x) for name, x in optional.items()}
-    numbers: dict[str, Any] = {
-        "max_seqlen_q": max_seqlen_q,
-        "sm_scale": sm_scale,
-        "causal": causal,
-        "window": window,
-        "softcap": softcap,
-    }
-    check_paged_attention(
-        layout,
-        array_spec(q),
-        array_spec(cache.pages),
-        array_spec(page_table),
-        array_spec(seq_lens),
-        **{name: optional_spec(x) for name, x in arrays.items()},
-        **numbers,
+    cu_seqlens_q, sinks, alibi_slopes = (None if x is None else as_jax(name, x) for name, x in optional.items())
+    call = AttentionCall(
+        *map(array_spec, (q, cache.pages, page_table, seq_lens)),
+        *map(optional_spec, (cu_seqlens_q, sinks, alibi_slopes)),
+        max_seqlen_q=max_seqlen_q,
+        sm_scale=sm_scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
     )
+    check_paged_attention(layout, call)
     check_count("max_seqlen_k", max_seqlen_k)
+    arrays = q, cache, page_table, seq_lens, cu_seqlens_q
     if impl == "cudnn" or (impl is None and implementation is _triton and cu_seqlens_q is not None):
-        wants = {"is_wanted": impl == "cudnn", "return_lse": return_lse, "max_seqlen_k": max_seqlen_k}
-        out = _cudnn.paged_attention(q, cache, page_table, seq_lens, **wants, **arrays, **numbers)
+        is_wanted = impl == "cudnn"
+        out = _cudnn.paged_attention(call, max_seqlen_k, *arrays, is_wanted=is_wanted, return_lse=return_lse)
         if out is not None:
             return out
-    out, lse = implementation.paged_attention(q, cache, page_table, seq_lens, **arrays, **numbers)
+    out, lse = implementation.paged_attention(call, *arrays, sinks, alibi_slopes)
     return (out, lse) if return_lse else out
 
 

@@ -7,23 +7,19 @@ from typing import NamedTuple
 
 import torch
 
-from kvq_core.arguments import check_paged_attention
+from kvq_core.arguments import AttentionCall, check_paged_attention
 from kvq_core.layout import CacheLayout
 from kvq_core.mla import MLALayout
 from kvq_core.mla_arguments import check_mla_attention
-from kvq_torch._interop import array_spec, optional_spec
 from kvq_torch._pages import read_pages
 
 _CHUNK_BYTES = 1 << 26  # of one temporary; a handful are alive at a time
 
 
 class _Scoring(NamedTuple):
-    """The static half of attention, and the arrays per head, float32 ``[num_kv_heads, group, 1, 1]``."""
+    """The static half of attention, and its arrays per head, float32 ``[num_kv_heads, group, 1, 1]``."""
 
-    sm_scale: float
-    causal: bool
-    window: int | None
-    softcap: float | None
+    call: AttentionCall
     slopes: torch.Tensor | None
     sinks: torch.Tensor | None
 
@@ -39,78 +35,43 @@ class _Keys(NamedTuple):
 
 def paged_attention(
     layout: CacheLayout,
+    call: AttentionCall,
     q: torch.Tensor,
     pages: torch.Tensor,
     k_scale: torch.Tensor,
     v_scale: torch.Tensor,
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    *,
     cu_seqlens_q: torch.Tensor | None,
-    max_seqlen_q: int | None,
-    sm_scale: float | None,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
     sinks: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kvq_torch.paged_attention`; always returns out and lse."""
-    check_paged_attention(
-        layout,
-        array_spec(q),
-        array_spec(pages),
-        array_spec(page_table),
-        array_spec(seq_lens),
-        cu_seqlens_q=optional_spec(cu_seqlens_q),
-        max_seqlen_q=max_seqlen_q,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        sm_scale=sm_scale,
-        sinks=optional_spec(sinks),
-        alibi_slopes=optional_spec(alibi_slopes),
-    )
+    check_paged_attention(layout, call)
     num_kv_heads = pages.shape[layout.head_axis]
     heads = (num_kv_heads, q.shape[1] // num_kv_heads)
     scoring = _Scoring(
-        q.shape[2] ** -0.5 if sm_scale is None else sm_scale,
-        causal,
-        window,
-        softcap,
+        call,
         None if alibi_slopes is None else alibi_slopes.view(*heads, 1, 1),
         None if sinks is None else sinks.view(*heads, 1, 1),
     )
-    return _attend_blocks(scoring, layout, q, pages, k_scale, v_scale, page_table, seq_lens, cu_seqlens_q, max_seqlen_q)
+    return _attend_blocks(scoring, layout, q, pages, k_scale, v_scale, page_table, seq_lens, cu_seqlens_q)
 
 
 def mla_attention(
     layout: MLALayout,
+    call: AttentionCall,
     q: torch.Tensor,
     pages: torch.Tensor,
     k_scale: torch.Tensor,
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    *,
     cu_seqlens_q: torch.Tensor | None,
-    max_seqlen_q: int | None,
-    sm_scale: float,
-    causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kvq_torch.mla_attention`; always returns out and lse."""
-    check_mla_attention(
-        layout,
-        array_spec(q),
-        array_spec(pages),
-        array_spec(page_table),
-        array_spec(seq_lens),
-        cu_seqlens_q=optional_spec(cu_seqlens_q),
-        max_seqlen_q=max_seqlen_q,
-        sm_scale=sm_scale,
-        causal=causal,
-    )
-    scoring = _Scoring(sm_scale, causal, window=None, softcap=None, slopes=None, sinks=None)
-    return _attend_blocks(scoring, layout, q, pages, k_scale, k_scale, page_table, seq_lens, cu_seqlens_q, max_seqlen_q)
+    check_mla_attention(layout, call)
+    scoring = _Scoring(call, slopes=None, sinks=None)
+    return _attend_blocks(scoring, layout, q, pages, k_scale, k_scale, page_table, seq_lens, cu_seqlens_q)
 
 
 def _attend_blocks(
@@ -123,7 +84,6 @@ def _attend_blocks(
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
     cu_seqlens_q: torch.Tensor | None,
-    max_seqlen_q: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend from all queries, a block of sequences, KV heads and queries at a time."""
     num_q_tokens, num_q_heads, _ = q.shape
@@ -132,7 +92,7 @@ def _attend_blocks(
     if page_table.shape[1] == 0:
         page_table = page_table.new_full((page_table.shape[0], 1), -1)  # as good as none, and a maximum needs a column
     firsts, counts = _query_ranges(cu_seqlens_q, seq_lens)
-    most_queries = 1 if cu_seqlens_q is None else min(max_seqlen_q or num_q_tokens, num_q_tokens)
+    most_queries = 1 if cu_seqlens_q is None else min(scoring.call.max_seqlen_q or num_q_tokens, num_q_tokens)
     # One row more than asked for takes the results of queries that a sequence does not have.
     out = q.new_zeros((num_q_tokens + 1, *heads, layout.head_dim_v))
     lse = q.new_full((num_q_tokens + 1, *heads), -torch.inf, dtype=torch.float32)
@@ -214,16 +174,17 @@ def _attend(
         float32 values ``[num_seqs, n, num_kv_heads, group, head_dim_v]`` and log-sum-exp without the last axis.
     """
     group_and_queries = (q.shape[3], q.shape[1])
-    rows = q.permute(0, 2, 3, 1, 4).flatten(2, 3).float() * scoring.sm_scale
+    rows = q.permute(0, 2, 3, 1, 4).flatten(2, 3).float() * scoring.call.score_scale
     scores = (rows @ keys.k.transpose(2, 3)).unflatten(2, group_and_queries)
-    if scoring.softcap is not None:
-        scores = scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
+    softcap = scoring.call.softcap
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
     key_index = torch.arange(keys.k.shape[2], device=q.device)
     if scoring.slopes is not None:
         scores += scoring.slopes * (key_index - positions[..., None])[:, None, None]
-    visible = _visible(scoring, keys.seq_lens, positions, key_index)
+    visible = _visible(scoring.call, keys.seq_lens, positions, key_index)
     scores.masked_fill_(~visible[:, None, None], -torch.inf)
-    last_visible = positions if scoring.causal else keys.seq_lens - 1
+    last_visible = positions if scoring.call.causal else keys.seq_lens - 1
     past_table = (last_visible >= key_index.shape[0])[:, None, None, :, None]
     weights, lse = _softmax(scores, scoring.sinks, past_table)
     values = (weights.flatten(2, 3) @ keys.finite_v).unflatten(2, group_and_queries)
@@ -232,15 +193,15 @@ def _attend(
 
 
 def _visible(
-    scoring: _Scoring, seq_lens: torch.Tensor, positions: torch.Tensor, key_index: torch.Tensor
+    call: AttentionCall, seq_lens: torch.Tensor, positions: torch.Tensor, key_index: torch.Tensor
 ) -> torch.Tensor:
     """Which keys each query sees, bool ``[num_seqs, n, num_keys]``."""
     positions = positions[..., None]
     visible = (key_index < seq_lens[..., None]).expand(*positions.shape[:2], -1)
-    if scoring.causal:
+    if call.causal:
         visible = visible & (key_index <= positions)
-    if scoring.window is not None:
-        visible = visible & (key_index > positions - scoring.window)
+    if call.window is not None:
+        visible = visible & (key_index > positions - call.window)
     return visible
 
 

@@ -13,10 +13,17 @@ from types import ModuleType
 
 import torch
 
-from kvq_core.arguments import check_append_kv, check_copy_pages, check_count, check_gather_kv, check_paged_attention
+from kvq_core.arguments import (
+    AttentionCall,
+    check_append_kv,
+    check_copy_pages,
+    check_count,
+    check_gather_kv,
+    check_paged_attention,
+)
 from kvq_core.layout import CacheLayout
 from kvq_torch import _eager
-from kvq_torch._interop import array_spec, dtype_name, optional_spec
+from kvq_torch._interop import array_spec, dtype_name, known_spec, optional_spec
 
 _IMPLS = ("triton", "sdpa", "eager")
 _LIBRARY = torch.library.Library("kvq", "DEF")
@@ -69,40 +76,35 @@ def _paged_attention(
     layout,
     impl,
 ):
-    _check_devices(
-        pages,
-        q=q,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        page_table=page_table,
-        seq_lens=seq_lens,
-        cu_seqlens_q=cu_seqlens_q,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-    )
+    _check_devices(pages, q=q, k_scale=k_scale, v_scale=v_scale, page_table=page_table, seq_lens=seq_lens)
+    _check_devices(pages, cu_seqlens_q=cu_seqlens_q, sinks=sinks, alibi_slopes=alibi_slopes)
     check_count("max_seqlen_k", max_seqlen_k)
     cache_layout = _layout(layout)
-    options = {
-        "cu_seqlens_q": cu_seqlens_q,
-        "max_seqlen_q": max_seqlen_q,
-        "sm_scale": sm_scale,
-        "causal": causal,
-        "window": window,
-        "softcap": softcap,
-        "sinks": sinks,
-        "alibi_slopes": alibi_slopes,
-    }
+    call = AttentionCall(
+        known_spec(q),
+        known_spec(pages),
+        known_spec(page_table),
+        known_spec(seq_lens),
+        None if cu_seqlens_q is None else known_spec(cu_seqlens_q),
+        None if sinks is None else known_spec(sinks),
+        None if alibi_slopes is None else known_spec(alibi_slopes),
+        max_seqlen_q=max_seqlen_q,
+        sm_scale=sm_scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+    )
     arrays = q, pages, k_scale, v_scale, page_table, seq_lens
     if impl == "sdpa" or (impl is None and cu_seqlens_q is not None and pages.device.type != "cpu"):
         _check_triton_runs_on(pages.device, impl or "triton")
         from kvq_torch import _sdpa
 
-        plan = _sdpa.plan(
-            cache_layout, q, pages, page_table, seq_lens, is_wanted=impl == "sdpa", max_seqlen_k=max_seqlen_k, **options
-        )
+        plan = _sdpa.plan(cache_layout, call, max_seqlen_k, pages.device, is_wanted=impl == "sdpa")
         if plan is not None:
+            assert cu_seqlens_q is not None  # it needs them
             return _sdpa.paged_attention(plan, *arrays, cu_seqlens_q, sinks)
-    return _backend(impl, pages.device).paged_attention(cache_layout, *arrays, **options)
+    backend = _backend(impl, pages.device)
+    return backend.paged_attention(cache_layout, call, *arrays, cu_seqlens_q, sinks, alibi_slopes)
 
 
 def _append_kv_fake(pages, k_scale, v_scale, k, v, slot_mapping, layout, impl):
@@ -152,19 +154,16 @@ def _paged_attention_fake(
     _check_devices(pages, **required, **optional)
     cache_layout = _layout(layout)
     if _is_static(pages, *required.values(), *optional.values()) and not isinstance(max_seqlen_q, torch.SymInt):
-        check_paged_attention(
-            cache_layout,
-            array_spec(q),
-            array_spec(pages),
-            array_spec(page_table),
-            array_spec(seq_lens),
-            **{name: optional_spec(array) for name, array in optional.items()},
+        call = AttentionCall(
+            *map(array_spec, (q, pages, page_table, seq_lens)),
+            *map(optional_spec, optional.values()),
             max_seqlen_q=max_seqlen_q,
+            sm_scale=sm_scale,
             causal=causal,
             window=window,
             softcap=softcap,
-            sm_scale=sm_scale,
         )
+        check_paged_attention(cache_layout, call)
     num_q_tokens, num_q_heads, _ = q.shape
     out = q.new_empty((num_q_tokens, num_q_heads, cache_layout.head_dim_v))
     return out, q.new_empty((num_q_tokens, num_q_heads), dtype=torch.float32)

@@ -9,9 +9,10 @@ import functools
 
 import torch
 
+from kvq_core.arguments import AttentionCall
 from kvq_core.mla import MLALayout
 from kvq_core.mla_arguments import check_append_mla, check_gather_mla, check_mla_attention
-from kvq_torch._interop import array_spec, optional_spec
+from kvq_torch._interop import array_spec, known_spec, optional_spec
 from kvq_torch._library import _backend, _check_devices, _is_static, _register
 
 _SCHEMAS = {
@@ -44,20 +45,19 @@ def _gather_mla(pages, k_scale, page_table, seq_lens, layout, impl):
 
 
 def _mla_attention(q, pages, k_scale, page_table, seq_lens, cu_seqlens_q, max_seqlen_q, sm_scale, causal, layout, impl):
-    arrays = {"k_scale": k_scale, "q": q, "page_table": page_table, "seq_lens": seq_lens, "cu_seqlens_q": cu_seqlens_q}
-    _check_devices(pages, **arrays)
-    return _backend(impl, pages.device).mla_attention(
-        _layout(layout),
-        q,
-        pages,
-        k_scale,
-        page_table,
-        seq_lens,
-        cu_seqlens_q=cu_seqlens_q,
+    _check_devices(pages, k_scale=k_scale, q=q, page_table=page_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q)
+    call = AttentionCall(
+        known_spec(q),
+        known_spec(pages),
+        known_spec(page_table),
+        known_spec(seq_lens),
+        cu_seqlens_q=None if cu_seqlens_q is None else known_spec(cu_seqlens_q),
         max_seqlen_q=max_seqlen_q,
         sm_scale=sm_scale,
         causal=causal,
     )
+    backend = _backend(impl, pages.device)
+    return backend.mla_attention(_layout(layout), call, q, pages, k_scale, page_table, seq_lens, cu_seqlens_q)
 
 
 def _append_mla_fake(pages, k_scale, kv_c, k_pe, slot_mapping, layout, impl):
@@ -84,14 +84,14 @@ def _mla_attention_fake(
     _check_devices(pages, **arrays)
     mla_layout = _layout(layout)
     if _is_static(pages, *arrays.values()) and not isinstance(max_seqlen_q, torch.SymInt):
-        check_mla_attention(
-            mla_layout,
+        call = AttentionCall(
             *map(array_spec, (q, pages, page_table, seq_lens)),
             cu_seqlens_q=optional_spec(cu_seqlens_q),
             max_seqlen_q=max_seqlen_q,
             sm_scale=sm_scale,
             causal=causal,
         )
+        check_mla_attention(mla_layout, call)
     num_q_tokens, num_heads, _ = q.shape
     out = q.new_empty((num_q_tokens, num_heads, mla_layout.kv_lora_rank))
     return out, q.new_empty((num_q_tokens, num_heads), dtype=torch.float32)

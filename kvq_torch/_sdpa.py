@@ -2,50 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
+from kvq_core.arguments import AttentionCall
 from kvq_core.layout import CacheLayout
 from kvq_core.plan import LibraryPlan, library_is_faster, plan_library_attention
-from kvq_torch._interop import array_spec, device_facts, optional_spec
+from kvq_torch._interop import device_facts
 from kvq_torch._triton import launch
 
 
 def plan(
-    layout: CacheLayout,
-    q: torch.Tensor,
-    pages: torch.Tensor,
-    page_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    *,
-    is_wanted: bool,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    cu_seqlens_q: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    **options: Any,
+    layout: CacheLayout, call: AttentionCall, max_seqlen_k: int | None, where: torch.device, *, is_wanted: bool
 ) -> LibraryPlan | None:
     """How to prefill through the library; None if it cannot be, or would be slower.
 
     Raises:
         NotImplementedError: ``is_wanted``, and the library cannot do it.
     """
-    device = device_facts(q.device)
-    lengths = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
-    if not is_wanted and not library_is_faster(array_spec(q), **lengths, device=device):
+    device = device_facts(where)
+    if not is_wanted and not library_is_faster(call, max_seqlen_k, device):
         return None
-    made = plan_library_attention(
-        layout,
-        *(array_spec(tensor) for tensor in (q, pages, page_table, seq_lens)),
-        **lengths,
-        cu_seqlens_q=optional_spec(cu_seqlens_q),
-        sinks=optional_spec(sinks),
-        alibi_slopes=optional_spec(alibi_slopes),
-        **options,
-        device=device,
-    )
+    made = plan_library_attention(layout, call, max_seqlen_k, device)
     if isinstance(made, LibraryPlan):
         return made
     if is_wanted:

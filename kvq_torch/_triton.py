@@ -13,6 +13,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from kvq_core import kernels
+from kvq_core.arguments import AttentionCall
 from kvq_core.layout import CacheLayout
 from kvq_core.mla import MLALayout
 from kvq_core.plan import (
@@ -72,39 +73,19 @@ def copy_pages_(pages: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> No
 
 def paged_attention(
     layout: CacheLayout,
+    call: AttentionCall,
     q: torch.Tensor,
     pages: torch.Tensor,
     k_scale: torch.Tensor,
     v_scale: torch.Tensor,
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    *,
     cu_seqlens_q: torch.Tensor | None,
-    max_seqlen_q: int | None,
-    sm_scale: float | None,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
     sinks: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     """See `kvq_torch.paged_attention`; always returns out and lse."""
-    plan = plan_paged_attention(
-        layout,
-        known_spec(q),
-        known_spec(pages),
-        known_spec(page_table),
-        known_spec(seq_lens),
-        cu_seqlens_q=None if cu_seqlens_q is None else known_spec(cu_seqlens_q),
-        max_seqlen_q=max_seqlen_q,
-        sm_scale=sm_scale,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        sinks=None if sinks is None else known_spec(sinks),
-        alibi_slopes=None if alibi_slopes is None else known_spec(alibi_slopes),
-        device=device_facts(q.device),
-    )
+    plan = plan_paged_attention(layout, call, device_facts(q.device))
     if plan is None:
         out = q.new_zeros((*q.shape[:2], layout.head_dim_v))
         return out, q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
@@ -120,30 +101,16 @@ def paged_attention(
 
 def mla_attention(
     layout: MLALayout,
+    call: AttentionCall,
     q: torch.Tensor,
     pages: torch.Tensor,
     k_scale: torch.Tensor,
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    *,
     cu_seqlens_q: torch.Tensor | None,
-    max_seqlen_q: int | None,
-    sm_scale: float,
-    causal: bool,
 ) -> tuple[torch.Tensor, ...]:
     """See `kvq_torch.mla_attention`; always returns out and lse."""
-    plan = plan_mla_attention(
-        layout,
-        known_spec(q),
-        known_spec(pages),
-        known_spec(page_table),
-        known_spec(seq_lens),
-        cu_seqlens_q=None if cu_seqlens_q is None else known_spec(cu_seqlens_q),
-        max_seqlen_q=max_seqlen_q,
-        sm_scale=sm_scale,
-        causal=causal,
-        device=device_facts(q.device),
-    )
+    plan = plan_mla_attention(layout, call, device_facts(q.device))
     if plan is None:
         out = q.new_zeros((*q.shape[:2], layout.kv_lora_rank))
         return out, q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)

@@ -108,17 +108,6 @@ def mla_attention(
     if not isinstance(causal, bool):
         raise TypeError(f"expected causal to be True or False; got {causal!r}")
     _check_optional("impl", impl, (str,))
-    out, lse = _mla_library.mla_attention_op(
-        q,
-        cache.pages,
-        cache.k_scale,
-        page_table,
-        seq_lens,
-        cu_seqlens_q,
-        max_seqlen_q,
-        sm_scale,
-        causal,
-        cache.fingerprint,
-        impl,
-    )
+    arrays = q, cache.pages, cache.k_scale, page_table, seq_lens, cu_seqlens_q
+    out, lse = _mla_library.mla_attention_op(*arrays, max_seqlen_q, sm_scale, causal, cache.fingerprint, impl)
     return (out, lse) if return_lse else out

@@ -167,25 +167,9 @@ def paged_attention(
     if not isinstance(causal, bool):
         raise TypeError(f"expected causal to be True or False; got {causal!r}")
     _check_optional("impl", impl, (str,))
-    out, lse = _library.paged_attention_op(
-        q,
-        cache.pages,
-        cache.k_scale,
-        cache.v_scale,
-        page_table,
-        seq_lens,
-        cu_seqlens_q,
-        max_seqlen_q,
-        max_seqlen_k,
-        sm_scale,
-        causal,
-        window,
-        softcap,
-        sinks,
-        alibi_slopes,
-        cache.fingerprint,
-        impl,
-    )
+    arrays = q, cache.pages, cache.k_scale, cache.v_scale, page_table, seq_lens, cu_seqlens_q
+    numbers = max_seqlen_q, max_seqlen_k, sm_scale, causal, window, softcap
+    out, lse = _library.paged_attention_op(*arrays, *numbers, sinks, alibi_slopes, cache.fingerprint, impl)
     return (out, lse) if return_lse else out
 
 

@@ -22,9 +22,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 
 from kvq_core import CacheLayout, MLALayout, kernels
+from kvq_core.arguments import AttentionCall
 from kvq_core.plan import DeviceFacts, LibraryPlan, plan_library_attention
 from kvq_torch import _triton
-from kvq_torch._interop import array_spec
+from kvq_torch._interop import array_spec, optional_spec
 
 KIB = 1024
 
@@ -229,25 +230,19 @@ def attention(
     dtype: torch.dtype = torch.bfloat16,
     num_pages: int = 64,
     strides: tuple[int, ...] | None = None,
+    sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
     **options: Any,
 ) -> Callable[[], Any]:
     """A launch of paged_attention: decode (``queries`` None), or ``queries`` a sequence through ``cu_seqlens_q``."""
     num_tokens = num_seqs * (queries or 1)
     q = torch.empty((num_tokens, num_q_heads, cache.head_dim), dtype=dtype)
     pages = _pages(cache, num_pages, strides)
-    arguments = {
-        "cu_seqlens_q": None if queries is None else _indices(num_seqs + 1),
-        "max_seqlen_q": queries,
-        "sm_scale": None,
-        "causal": True,
-        "window": None,
-        "softcap": None,
-        "sinks": None,
-        "alibi_slopes": None,
-    } | options
-    return lambda: _triton.paged_attention(
-        cache, q, pages, SCALE, SCALE, _indices(num_seqs, max_pages), _indices(num_seqs), **arguments
-    )
+    table, lengths = _indices(num_seqs, max_pages), _indices(num_seqs)
+    optional = None if queries is None else _indices(num_seqs + 1), sinks, alibi_slopes
+    specs = *map(array_spec, (q, pages, table, lengths)), *map(optional_spec, optional)
+    call = AttentionCall(*specs, max_seqlen_q=queries, **options)
+    return lambda: _triton.paged_attention(cache, call, q, pages, SCALE, SCALE, table, lengths, *optional)
 
 
 def mla_layout(mode: str, kv_lora_rank: int = 512, **kwargs: Any) -> MLALayout:
@@ -269,14 +264,11 @@ def mla_attention(
     """A launch of mla_attention: decode (``queries`` None), or ``queries`` a sequence through ``cu_seqlens_q``."""
     q = torch.empty((num_seqs * (queries or 1), num_heads, cache.head_dim), dtype=dtype)
     pages = _pages(cache, num_pages)
-    arguments = {
-        "cu_seqlens_q": None if queries is None else _indices(num_seqs + 1),
-        "max_seqlen_q": queries,
-        "sm_scale": 0.1,
-        "causal": causal,
-    }
-    table = _indices(num_seqs, max_pages)
-    return lambda: _triton.mla_attention(cache, q, pages, SCALE, table, _indices(num_seqs), **arguments)
+    table, lengths = _indices(num_seqs, max_pages), _indices(num_seqs)
+    starts = None if queries is None else _indices(num_seqs + 1)
+    specs = *map(array_spec, (q, pages, table, lengths)), optional_spec(starts)
+    call = AttentionCall(*specs, max_seqlen_q=queries, sm_scale=0.1, causal=causal)
+    return lambda: _triton.mla_attention(cache, call, q, pages, SCALE, table, lengths, starts)
 
 
 def library_prefill(
@@ -286,22 +278,10 @@ def library_prefill(
     q = torch.empty((num_seqs * queries, 4 * cache.num_kv_heads, cache.head_dim), dtype=torch.bfloat16)
     pages, table, lengths = _pages(cache, 64), _indices(num_seqs, max_pages), _indices(num_seqs)
     starts, lse = _indices(num_seqs + 1), torch.empty(num_seqs, q.shape[1], queries)
+    call = AttentionCall(*map(array_spec, (q, pages, table, lengths, starts)), max_seqlen_q=queries)
 
     def run() -> None:
-        plan = plan_library_attention(
-            cache,
-            *map(array_spec, (q, pages, table, lengths)),
-            cu_seqlens_q=array_spec(starts),
-            max_seqlen_q=queries,
-            max_seqlen_k=queries + prefix,
-            sm_scale=None,
-            causal=True,
-            window=None,
-            softcap=None,
-            sinks=None,
-            alibi_slopes=None,
-            device=_triton.device_facts(q.device),
-        )
+        plan = plan_library_attention(cache, call, queries + prefix, _triton.device_facts(q.device))
         assert isinstance(plan, LibraryPlan), plan
         _triton.launch(plan.gather, pages, SCALE, SCALE, table, lengths)
         _triton.launch(plan.finish, q, pages, SCALE, SCALE, SCALE, SCALE, table, lengths, starts, q, lse, q, lse)

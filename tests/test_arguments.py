@@ -11,6 +11,7 @@ import pytest
 from kvq_core import CacheLayout
 from kvq_core.arguments import (
     ArraySpec,
+    AttentionCall,
     check_append_kv,
     check_copy_pages,
     check_gather_kv,
@@ -45,13 +46,6 @@ ATTENTION = {
     "page_table": dense("int32", 3, 4),
     "seq_lens": dense("int32", 3),
     "cu_seqlens_q": dense("int32", 4),
-    "max_seqlen_q": None,
-    "causal": True,
-    "window": None,
-    "softcap": None,
-    "sm_scale": None,
-    "sinks": None,
-    "alibi_slopes": None,
 }
 
 
@@ -76,7 +70,7 @@ def copy(**changes):
 
 
 def attend(**changes):
-    check_paged_attention(LAYOUT, **(ATTENTION | changes))
+    check_paged_attention(LAYOUT, AttentionCall(**(ATTENTION | changes)))
 
 
 PADDED_PAGES = ArraySpec("uint8", (10, 8, RECORD), (8 * RECORD + 16, RECORD, 1))

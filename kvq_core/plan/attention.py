@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from kvq_core import arguments
-from kvq_core.arguments import ArraySpec
+from kvq_core.arguments import ArraySpec, AttentionCall
 from kvq_core.layout import CacheLayout
 from kvq_core.modes import KVQuantMode
 from kvq_core.plan.launch import DeviceFacts, LaunchPlan, Output, cached, pool_spec, stride_align
@@ -26,23 +26,7 @@ class AttentionPlan(NamedTuple):
 
 
 @cached
-def plan_paged_attention(
-    layout: CacheLayout,
-    q: ArraySpec,
-    pages: ArraySpec,
-    page_table: ArraySpec,
-    seq_lens: ArraySpec,
-    *,
-    cu_seqlens_q: ArraySpec | None,
-    max_seqlen_q: int | None,
-    sm_scale: float | None,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    sinks: ArraySpec | None,
-    alibi_slopes: ArraySpec | None,
-    device: DeviceFacts,
-) -> AttentionPlan | None:
+def plan_paged_attention(layout: CacheLayout, call: AttentionCall, device: DeviceFacts) -> AttentionPlan | None:
     """Plan `paged_attention`; None if there are no queries.
 
     Few queries a sequence (at most 64 rows of queries x heads of a group) split the keys over programs; more take a
@@ -51,59 +35,22 @@ def plan_paged_attention(
     Raises:
         ValueError, TypeError, NotImplementedError: see `kvq_core.arguments.check_paged_attention`.
     """
-    arguments.check_paged_attention(
-        layout,
-        q,
-        pages,
-        page_table,
-        seq_lens,
-        cu_seqlens_q=cu_seqlens_q,
-        max_seqlen_q=max_seqlen_q,
-        sm_scale=sm_scale,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-    )
+    arguments.check_paged_attention(layout, call)
+    q, pages, page_table = call.q, call.pages, call.page_table
     if q.shape[0] == 0:
         return None
-    queries = _few_queries(cu_seqlens_q, max_seqlen_q, q.shape[1] // pages.shape[layout.head_axis])
-    spec, shape = specify_attention(
-        layout,
-        q,
-        pages,
-        queries=queries,
-        sm_scale=sm_scale,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        has_sinks=sinks is not None,
-        has_alibi=alibi_slopes is not None,
-        has_cu_seqlens=cu_seqlens_q is not None,
-        device=device,
-    )
+    queries = _few_queries(call.cu_seqlens_q, call.max_seqlen_q, q.shape[1] // pages.shape[layout.head_axis])
+    spec, shape = specify_attention(layout, call, device, queries)
     if queries is None:
         return AttentionPlan(plan_prefill(spec, shape, q, page_table, pages), None)
     return _plan_decode(spec, q, page_table, pages, shape)
 
 
 def specify_attention(
-    layout: CacheLayout,
-    q: ArraySpec,
-    pages: ArraySpec,
-    *,
-    queries: int | None,
-    sm_scale: float | None,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    has_sinks: bool,
-    has_alibi: bool,
-    has_cu_seqlens: bool,
-    device: DeviceFacts,
+    layout: CacheLayout, call: AttentionCall, device: DeviceFacts, queries: int | None
 ) -> tuple[AttentionSpec, AttentionShape]:
     """The kernel for at most ``queries`` queries a sequence, its keys split over programs; None splits the queries."""
+    q, pages = call.q, call.pages
     group = q.shape[1] // pages.shape[layout.head_axis]
     operands = _operands(layout, q.dtype, device)
     most_rows = _FLOAT32_ROWS if "float32" in operands else _MANY_ROWS
@@ -130,13 +77,13 @@ def specify_attention(
         v_parts=2 if records.v.code_bytes == 1 and rows < _MANY_ROWS else 1,
         p_shift=14.0 if operands.v == "float16" else 0.0,
         normalize_q=operands.k == "float16" and q.dtype == "bfloat16",
-        sm_scale=float(layout.head_dim**-0.5 if sm_scale is None else sm_scale),
-        causal=bool(causal),
-        window=min(window or 0, _FAR),
-        softcap=float(softcap or 0.0),
-        has_sinks=has_sinks,
-        has_alibi=has_alibi,
-        has_cu_seqlens=has_cu_seqlens,
+        sm_scale=float(call.score_scale),
+        causal=bool(call.causal),
+        window=min(call.window or 0, _FAR),
+        softcap=float(call.softcap or 0.0),
+        has_sinks=call.sinks is not None,
+        has_alibi=call.alibi_slopes is not None,
+        has_cu_seqlens=call.cu_seqlens_q is not None,
         overlap=queries is not None and device.has_pdl,
         programs=shape.programs,
         part_stride=_part_stride(shape.queries * group, layout.head_dim_v),

@@ -10,7 +10,7 @@ import dataclasses
 from typing import NamedTuple
 
 from kvq_core import arguments
-from kvq_core.arguments import ArraySpec
+from kvq_core.arguments import AttentionCall
 from kvq_core.layout import CacheLayout
 from kvq_core.plan.attention import plan_prefill, specify_attention
 from kvq_core.plan.cache import plan_gather
@@ -40,57 +40,53 @@ class LibraryPlan(NamedTuple):
     finish: LaunchPlan
 
 
-def library_is_faster(q: ArraySpec, *, max_seqlen_q: int | None, max_seqlen_k: int | None, device: DeviceFacts) -> bool:
+def library_is_faster(call: AttentionCall, max_seqlen_k: int | None, device: DeviceFacts) -> bool:
     """Whether a library is to be asked, if `plan_library_attention` lets it."""
-    num_queries, num_keys = _assumed_lengths(q, max_seqlen_q, max_seqlen_k)
+    num_queries, num_keys = _assumed_lengths(call, max_seqlen_k)
     return device.has_pdl and num_queries >= _LEAST_QUERIES and num_queries * num_keys >= _LEAST_PAIRS
 
 
 @cached
 def plan_library_attention(
-    layout: CacheLayout,
-    q: ArraySpec,
-    pages: ArraySpec,
-    page_table: ArraySpec,
-    seq_lens: ArraySpec,
-    *,
-    cu_seqlens_q: ArraySpec | None,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    sm_scale: float | None,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    sinks: ArraySpec | None,
-    alibi_slopes: ArraySpec | None,
-    device: DeviceFacts,
+    layout: CacheLayout, call: AttentionCall, max_seqlen_k: int | None, device: DeviceFacts
 ) -> LibraryPlan | str:
     """Plan `paged_attention` through a library, or say what it would need: "expected ...; got ...".
 
     Raises:
         ValueError, TypeError: see `kvq_core.arguments.check_paged_attention`.
     """
-    arguments.check_paged_attention(
-        layout,
-        q,
-        pages,
-        page_table,
-        seq_lens,
-        cu_seqlens_q=cu_seqlens_q,
-        max_seqlen_q=max_seqlen_q,
-        sm_scale=sm_scale,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
+    arguments.check_paged_attention(layout, call)
+    num_queries, num_keys = _assumed_lengths(call, max_seqlen_k)
+    unmet = _unmet_need(layout, call, num_queries, num_keys)
+    if unmet is not None:
+        return unmet
+    spec, shape = specify_attention(layout, call, device, queries=None)
+    attend = plan_prefill(spec, shape, call.q, call.page_table, call.pages)
+    out, lse = attend.outputs
+    finish = dataclasses.replace(
+        attend,
+        kernel="finish_queries",
+        scalars=(*attend.scalars, num_queries, num_keys),
+        outputs=(Output(out.shape, out.dtype, alias=9), lse),
+        constexprs=(*attend.constexprs, ("HAS_PREFIX", num_keys > num_queries)),
     )
-    num_queries, num_keys = _assumed_lengths(q, max_seqlen_q, max_seqlen_k)
-    num_seqs, max_pages = page_table.shape
-    workspace = 2 * num_seqs * num_keys * pages.shape[layout.head_axis] * (layout.head_dim + layout.head_dim_v)
+    gather = plan_gather(layout, call.pages, call.page_table, num_keys, "bfloat16", device, for_attention=True)
+    assert gather is not None  # there are sequences and keys
+    return LibraryPlan(num_queries, num_keys, spec.sm_scale, gather, finish)
+
+
+def _assumed_lengths(call: AttentionCall, max_seqlen_k: int | None) -> tuple[int, int]:
+    num_queries = call.max_seqlen_q or call.q.shape[0]
+    return num_queries, max_seqlen_k or num_queries
+
+
+def _unmet_need(layout: CacheLayout, call: AttentionCall, num_queries: int, num_keys: int) -> str | None:
+    """The first thing that a library would need: "expected ...; got ..."."""
+    q, num_kv_heads, (num_seqs, max_pages) = call.q, call.pages.shape[layout.head_axis], call.page_table.shape
+    workspace = 2 * num_seqs * num_keys * num_kv_heads * (layout.head_dim + layout.head_dim_v)
     needs = (
         (q.dtype == "bfloat16", "bfloat16 queries", q.dtype),
-        (cu_seqlens_q is not None, "cu_seqlens_q", None),
+        (call.cu_seqlens_q is not None, "cu_seqlens_q", None),
         (
             num_seqs * num_queries == q.shape[0] > 0,
             "as many queries in every sequence: num_q_tokens = num_seqs * max_seqlen_q",
@@ -101,10 +97,10 @@ def plan_library_attention(
             "max_seqlen_k from max_seqlen_q to the capacity of the page table",
             f"{num_keys} outside {num_queries}..{max_pages * layout.page_size}",
         ),
-        (causal, "causal=True", causal),
-        (window is None, "window=None", window),
-        (softcap is None, "softcap=None", softcap),
-        (alibi_slopes is None, "alibi_slopes=None", "slopes"),
+        (call.causal, "causal=True", call.causal),
+        (call.window is None, "window=None", call.window),
+        (call.softcap is None, "softcap=None", call.softcap),
+        (call.alibi_slopes is None, "alibi_slopes=None", "slopes"),
         (
             layout.head_dim == layout.head_dim_v <= _MAX_HEAD_DIM,
             f"head_dim = head_dim_v up to {_MAX_HEAD_DIM}",
@@ -115,34 +111,4 @@ def plan_library_attention(
     for is_met, expected, got in needs:
         if not is_met:
             return f"expected {expected}; got {got}"
-    spec, shape = specify_attention(
-        layout,
-        q,
-        pages,
-        queries=None,
-        sm_scale=sm_scale,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        has_sinks=sinks is not None,
-        has_alibi=False,
-        has_cu_seqlens=True,
-        device=device,
-    )
-    attend = plan_prefill(spec, shape, q, page_table, pages)
-    out, lse = attend.outputs
-    finish = dataclasses.replace(
-        attend,
-        kernel="finish_queries",
-        scalars=(*attend.scalars, num_queries, num_keys),
-        outputs=(Output(out.shape, out.dtype, alias=9), lse),
-        constexprs=(*attend.constexprs, ("HAS_PREFIX", num_keys > num_queries)),
-    )
-    gather = plan_gather(layout, pages, page_table, num_keys, "bfloat16", device, for_attention=True)
-    assert gather is not None  # there are sequences and keys
-    return LibraryPlan(num_queries, num_keys, spec.sm_scale, gather, finish)
-
-
-def _assumed_lengths(q: ArraySpec, max_seqlen_q: int | None, max_seqlen_k: int | None) -> tuple[int, int]:
-    num_queries = max_seqlen_q or q.shape[0]
-    return num_queries, max_seqlen_k or num_queries
+    return None

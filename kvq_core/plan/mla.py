@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from kvq_core.arguments import ArraySpec
+from kvq_core.arguments import ArraySpec, AttentionCall
 from kvq_core.mla import MLALayout
 from kvq_core.mla_arguments import check_mla_attention
 from kvq_core.modes import KVQuantMode
@@ -30,19 +30,7 @@ _FLOAT32_WARPS = 4
 
 
 @cached
-def plan_mla_attention(
-    layout: MLALayout,
-    q: ArraySpec,
-    pages: ArraySpec,
-    page_table: ArraySpec,
-    seq_lens: ArraySpec,
-    *,
-    cu_seqlens_q: ArraySpec | None,
-    max_seqlen_q: int | None,
-    sm_scale: float,
-    causal: bool,
-    device: DeviceFacts,
-) -> AttentionPlan | None:
+def plan_mla_attention(layout: MLALayout, call: AttentionCall, device: DeviceFacts) -> AttentionPlan | None:
     """Plan `mla_attention`; None if there are no queries.
 
     ``attend``: (q, pages, k_scale, page_table, seq_lens, cu_seqlens_q or seq_lens) -> (out, lse), or partial results
@@ -51,21 +39,12 @@ def plan_mla_attention(
     Raises:
         ValueError, TypeError: see `kvq_core.mla_arguments.check_mla_attention`.
     """
-    check_mla_attention(
-        layout,
-        q,
-        pages,
-        page_table,
-        seq_lens,
-        cu_seqlens_q=cu_seqlens_q,
-        max_seqlen_q=max_seqlen_q,
-        sm_scale=sm_scale,
-        causal=causal,
-    )
+    check_mla_attention(layout, call)
+    q, pages, page_table = call.q, call.pages, call.page_table
     if q.shape[0] == 0:
         return None
     num_heads = q.shape[1]
-    queries = _few_queries(cu_seqlens_q, max_seqlen_q, num_heads)
+    queries = _few_queries(call.cu_seqlens_q, call.max_seqlen_q, num_heads)
     operands = _operands(layout, q.dtype, device)
     shape = _fit(_shape(layout, queries, num_heads, operands, device), layout, operands, device)
     records = _record_spec(layout, pages, device, least_dim=64 if shape.rows == _MANY_ROWS else 16)
@@ -85,13 +64,13 @@ def plan_mla_attention(
         v_parts=shape.parts,
         p_shift=14.0 if operands.latent == "float16" else 0.0,
         normalize_q=operands.latent == "float16" and q.dtype == "bfloat16",
-        sm_scale=float(sm_scale),
-        causal=causal,
+        sm_scale=float(call.score_scale),
+        causal=call.causal,
         window=0,
         softcap=0.0,
         has_sinks=False,
         has_alibi=False,
-        has_cu_seqlens=cu_seqlens_q is not None,
+        has_cu_seqlens=call.cu_seqlens_q is not None,
         overlap=queries is not None and device.has_pdl,
         programs=shape.programs,
         part_stride=_part_stride(shape.queries * num_heads, layout.kv_lora_rank),
