@@ -195,7 +195,7 @@ def attend_tile(state, query, pool, first_key, end, MASKED: tl.constexpr, S: tl.
         exists = exists & (token > tl.min(query[4], axis=0) - S.window)  # 0 * NaN of a V row before the window is NaN
     exponent = tl.where(in_pool, 0.0, float("nan"))
     if R.v.per_token_head:
-        v_scale = _load_scales(pages_ptr, records, offset, exists, MASKED, V)
+        v_scale = load_scales(pages_ptr, records, offset, exists, MASKED, V)
         known = tl.maximum(v_scale, MIN_SCALE)  # of a NaN and a number, the number, but in the interpreter
         if CAPS == "portable":
             known = tl.where(v_scale == v_scale, known, MIN_SCALE)
@@ -288,7 +288,7 @@ def _load_rows(ptrs, mask, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _load_scales(pages_ptr, records, offset, exists, MASKED: tl.constexpr, SIDE: tl.constexpr):
+def load_scales(pages_ptr, records, offset, exists, MASKED: tl.constexpr, SIDE: tl.constexpr):
     if MASKED:
         scales = tl.load(scale_ptrs(pages_ptr, records, offset, SIDE), mask=exists, other=1.0)
     else:

@@ -12,9 +12,17 @@ memory, converted once.
 import triton
 import triton.language as tl
 
-from kvq_core.kernels.attend import MIN_SCALE, has_halves, part_width, scale_parts, to_k_operand, to_v_operand
+from kvq_core.kernels.attend import (
+    MIN_SCALE,
+    has_halves,
+    load_scales,
+    part_width,
+    scale_parts,
+    to_k_operand,
+    to_v_operand,
+)
 from kvq_core.kernels.codec import approximate_log2, approximate_reciprocal, decode_bytes, decode_pairs
-from kvq_core.kernels.pages import load_page_ids, record_offsets, row_offsets, scale_ptrs, typed_ptr
+from kvq_core.kernels.pages import load_page_ids, record_offsets, row_offsets, typed_ptr
 
 MANY_ROWS = tl.constexpr(64)
 SHARES = tl.constexpr(2)  # groups of four warps that share out the scores of many rows
@@ -70,7 +78,7 @@ def attend_tile(state, query, pool, first, end, MASKED: tl.constexpr, S: tl.cons
     x, rope = _scores(query, codes, v, pages_ptr, records, offset, S)
     known = exponent
     if LATENT.per_token_head:
-        row_scale = _load_scales(pages_ptr, records, offset, exists, MASKED, LATENT)
+        row_scale = load_scales(pages_ptr, records, offset, exists, MASKED, LATENT)
         x = x * row_scale[None, :]
         known = tl.maximum(row_scale, MIN_SCALE)  # of a NaN and a number, the number, but in the interpreter
         if CAPS == "portable":
@@ -256,12 +264,3 @@ def _wild_rows(codes, S: tl.constexpr):
     else:  # adding 1 to each byte carries into its top bit
         wild = (((codes & 0x7F7F) + 0x0101) & -0x7F80) != 0
     return tl.max(wild.to(tl.int32), axis=1) > 0
-
-
-@triton.jit
-def _load_scales(pages_ptr, records, offset, exists, MASKED: tl.constexpr, LATENT: tl.constexpr):
-    if MASKED:
-        scales = tl.load(scale_ptrs(pages_ptr, records, offset, LATENT), mask=exists, other=1.0)
-    else:
-        scales = tl.load(scale_ptrs(pages_ptr, records, offset, LATENT))
-    return scales
