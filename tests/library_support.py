@@ -8,7 +8,7 @@ import re
 from typing import Any, NamedTuple
 
 from kvq_core import CacheLayout, MLALayout
-from kvq_core.arguments import ArraySpec
+from kvq_core.arguments import ArraySpec, AttentionCall
 from kvq_core.plan import DeviceFacts, LibraryPlan, plan_library_attention
 from tests import test_conformance, test_library_prefill
 from tests.case_types import AttentionCase
@@ -81,19 +81,17 @@ def plan_of(case: AttentionCase, max_seqlen_k: int | None) -> LibraryPlan | str:
     width = max((-(-length // layout.page_size) for _, length in case.seqs), default=0) + case.spare_columns
     per_head = _spec("float32", num_q_heads)
     options: dict[str, Any] = case.options()
-    return plan_library_attention(
-        layout,
+    call = AttentionCall(
         _spec(case.q_dtype, num_q_tokens, num_q_heads, layout.head_dim),
         _spec("uint8", *layout.shape(num_seqs * max(0, width))),
         _spec("int32", num_seqs, max(0, width)),
         _spec("int32", num_seqs),
         cu_seqlens_q=_spec("int32", num_seqs + 1) if case.ragged else None,
-        max_seqlen_k=max_seqlen_k,
         sinks=per_head if case.sinks else None,
         alibi_slopes=per_head if case.alibi else None,
-        device=HOPPER,
         **options,
     )
+    return plan_library_attention(layout, call, max_seqlen_k, HOPPER)
 
 
 def _spec(dtype: str, *shape: int) -> ArraySpec:
