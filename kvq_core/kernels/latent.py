@@ -76,7 +76,7 @@ def attend_tile(state, query, pool, first, end, MASKED: tl.constexpr, S: tl.cons
         codes, exponent = _hide_wild(codes, exponent, S)
     v = _decode(codes, S)
     x, rope = _scores(query, codes, v, pages_ptr, records, offset, S)
-    known = exponent
+    known = exponent  # anything: it is read only where there are row scales
     if LATENT.per_token_head:
         row_scale = load_scales(pages_ptr, records, offset, exists, MASKED, LATENT)
         x = x * row_scale[None, :]
