@@ -82,18 +82,18 @@ def _speedup(report: Report) -> Figure:
     figure, (axis,) = _figure(report, 1)
     yardstick, series = speedups(report)
     for key, points in series.items():
-        _line(axis, key, points)
-        context = break_even(points)
-        if context is not None:
-            axis.plot([context], [1], marker="|", markersize=18, color=COLORS[key[1]])
-            bound = "≤" if context == points[0][0] else ""
-            axis.annotate(
-                f"{bound}{context / 1024:.2g}k", (context, 1), (0, -16), textcoords="offset points", fontsize=7
-            )
+        _line(axis, key, points, note=_break_even_note(points))
     axis.axhline(1, color="black", linewidth=0.8)
-    _label(axis, f"batch {SWEEP_BATCH}; | break-even", "context", f"speed-up over {yardstick} bfloat16")
+    _label(axis, f"batch {SWEEP_BATCH}", "context", f"speed-up over {yardstick} bfloat16")
     axis.legend(fontsize=7)
     return figure
+
+
+def _break_even_note(points: list[tuple[float, float]]) -> str:
+    context = break_even(points)
+    if context is None:
+        return ", no break-even"
+    return f", break-even {'≤' if context == points[0][0] else ''}{context / 1024:.2g}k"
 
 
 def _roofline(report: Report) -> Figure:
@@ -122,10 +122,12 @@ def _figure(report: Report, columns: int) -> tuple[Figure, list[Axes]]:
     return figure, list(axes[0])
 
 
-def _line(axis: Axes, key: tuple[str, str], points: list[tuple[float, float]], is_curve: bool = True) -> None:
+def _line(
+    axis: Axes, key: tuple[str, str], points: list[tuple[float, float]], is_curve: bool = True, note: str = ""
+) -> None:
     marker, style = STYLES[key[0]]
     look = {"color": COLORS[key[1]], "marker": marker, "markersize": 5, "linestyle": style if is_curve else "none"}
-    axis.plot(*zip(*points, strict=True), label=" ".join(key), **look)
+    axis.plot(*zip(*points, strict=True), label=" ".join(key) + note, **look)
 
 
 def _label(axis: Axes, title: str, x: str, y: str) -> None:
