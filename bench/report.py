@@ -81,6 +81,14 @@ def table(report: Report) -> Table:
     return result
 
 
+def peer_name(row: Row) -> str:
+    """The row that ``row`` is held against, by what tells the two apart; empty where there is none."""
+    if row.versus is None:
+        return ""
+    case, impl, mode = row.versus
+    return (impl if case == row.case else case) + ("" if mode == row.mode else f" {mode}")
+
+
 def _grouped(rows: tuple[Row, ...]) -> list[Row]:
     order: dict[tuple[str, str], int] = {}
     for row in rows:
@@ -100,16 +108,9 @@ def _cells(row: Row, report: Report, is_first: bool) -> list[str]:
         f"{row.tb_per_s:.2f}" if row.num_bytes else "",
         f"{figures['percent_of_copy']:.0f}" if row.num_bytes else "",
         f"{row.tflop_per_s:.0f}" if row.num_flops and not row.num_bytes else "",
-        _ratio_cell(row, figures["ratio"]),
+        "" if figures["ratio"] is None else f"{figures['ratio']:.3f} {peer_name(row)}",
         _bar_cell(row, figures["meets_bar"]),
     ]
-
-
-def _ratio_cell(row: Row, value: float | None) -> str:
-    if value is None or row.versus is None:
-        return ""
-    case, impl, mode = row.versus
-    return f"{value:.3f} {impl if case == row.case else case}" + ("" if mode == row.mode else f" {mode}")
 
 
 def _bar_cell(row: Row, is_met: bool | None) -> str:

@@ -94,10 +94,15 @@ def ratio(row: Row, rows: dict[Key, Row]) -> float | None:
     return None if other is None else row.timing.median_us / other.timing.median_us
 
 
-def meets_bar(row: Row, ratio_to_peer: float | None) -> bool | None:
-    """Whether the bar of ``row`` is met; None where there is none, or no row to hold it against."""
+def quantity(row: Row, ratio_to_peer: float | None) -> float | None:
+    """What the bar of ``row`` bounds; None where there is none, or no row to hold it against."""
     if row.bar is None:
         return None
     values = {"ratio": ratio_to_peer, "us": row.timing.median_us, "TB/s": row.tb_per_s, "TFLOP/s": row.tflop_per_s}
-    value = values[row.bar.quantity]
-    return None if value is None else row.bar.is_met(value)
+    return values[row.bar.quantity]
+
+
+def meets_bar(row: Row, ratio_to_peer: float | None) -> bool | None:
+    """Whether the bar of ``row`` is met; None where there is none, or no row to hold it against."""
+    value = quantity(row, ratio_to_peer)
+    return None if row.bar is None or value is None else row.bar.is_met(value)
