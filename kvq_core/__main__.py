@@ -19,7 +19,7 @@ from kvq_core.planner import MemoryPlan, parse_bytes
 from kvq_core.policy import LayerPolicy, layer_policies
 
 COMPARED_MODES = ("bfloat16", "fp8_e4m3", "int8_per_token_head", "fp8_per_token_head")
-# int8 pages, 64 sequences of 8192 keys, one H200: 1.107 GB in 279 us (bench/results/nvidia-h200-quick.json).
+# At which decode of many long sequences reads int8 pages on an H200, rounded down (bench/results/nvidia-h200.json).
 DEFAULT_BANDWIDTH = 4.0e12
 _BANDWIDTH = re.compile(r"(\d+(?:\.\d+)?) *(TB/s|GB/s)?")
 

@@ -17,11 +17,11 @@ _VLLM = "vLLM blog, 22 April 2026"
 VLLM_BREAK_EVEN = 7010
 # gpt-oss-20b, the one model where vLLM skips; it quantizes the windows of 512 of Gemma 4.
 VLLM_SKIPPED_WINDOW = 128
-# bench/results/nvidia-h200-quick.json, one H200: microseconds of one layer's decode, 32 query heads, 8 KV heads x 128.
-_RESULTS = "bench/results/nvidia-h200-quick.json"
+# bench/results/nvidia-h200.json, one H200: microseconds of one layer's decode, 32 query heads, 8 KV heads x 128.
+_RESULTS = "bench/results/nvidia-h200.json"
 DECODE_US = {
-    "1x1k": {"int8_per_token_head": 11.4, "bfloat16": 10.9},
-    "64x8k": {"int8_per_token_head": 279.0, "bfloat16": 508.5},
+    "1x1k": {"int8_per_token_head": 8.3, "bfloat16": 8.1},
+    "64x8k": {"int8_per_token_head": 268.4, "bfloat16": 490.4},
 }
 
 

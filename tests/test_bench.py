@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 import bench.__main__ as program
-from bench import cases, gate, plots, report, tables
+from bench import cases, gate, plots, quotes, report, tables
 from bench.rows import FLASHINFER, JAX, TORCH, Bar, Row, Timing
 from tests import backends
 
@@ -99,6 +99,31 @@ def test_table_says_which_bars_are_met():
         console.print(report.table(result))
     lines = [line for line in capture.get().splitlines() if "<=" in line or ">=" in line]
     assert [line.split()[-1] for line in lines] == ["met", "missed", "?", "missed"]
+
+
+def test_missed_bars_are_listed_and_no_others():
+    case = cases.DECODE[0]
+    peer = dataclasses.replace(_row("decode", case, FLASHINFER, cases.BF16, 500.0), versus=None)
+    met = _row("decode", case, TORCH, cases.INT8, 260.0, Bar("ratio", 0.55))
+    missed = _row("decode", case, TORCH, cases.FP8, 300.0, Bar("ratio", 0.55))
+    slow = dataclasses.replace(met, case="append", bar=Bar("TB/s", 4.26), versus=None)
+    run = dataclasses.replace(_synthetic_report(), rows=(peer, met, missed, slow))
+    assert quotes.missed_bars(run).splitlines()[2:] == [
+        "| 64x8k | kvq torch | fp8_per_token_head | 0.600 of the time of FlashInfer bfloat16 | at most 0.55 |",
+        "| append | kvq torch | int8_per_token_head | 4.259 TB/s | at least 4.26 |",
+    ]
+
+
+def test_a_quote_finds_its_words_and_puts_its_numbers_there():
+    text = "16x8k takes 70.1 us.\n- 64x8k takes 300\n  us (+) from int8, 1e3.\n"
+    assert quotes.put(text, "takes 268.4 us (+) from int8") == text.replace("300", "268.4")
+    assert quotes.without(text, ("takes 1 us (+) from int8",)) == "16x8k takes 70.1 us.\n- 64x8k , 1e3.\n"
+
+
+@pytest.mark.parametrize(("quote", "places"), [("takes 5 us", 2), ("takes 5 ms", 0)])
+def test_a_quote_whose_words_are_not_in_one_place_is_refused(quote, places):
+    with pytest.raises(ValueError, match=f"expected one place .*; found {places}"):
+        quotes.put("int8 takes 1 us, fp8 takes 2 us", quote)
 
 
 @pytest.mark.parametrize("mode", cases.MODES)

@@ -1,4 +1,4 @@
-"""The README is executed and its figures are recomputed."""
+"""The README is executed, and its figures are recomputed or those of the committed runs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from bench import quotes
+from bench.rows import JAX
 from kvq_core import CacheLayout, MLALayout
 
 ROOT = Path(__file__).parents[1]
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
+RUN = quotes.load(quotes.RUN)
+QUOTES = quotes.documents(RUN)
 CODE_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 FIELDS = ("k_codes", "v_codes", "k_scales", "v_scales")
 
@@ -64,13 +68,20 @@ def test_bytes_per_token_of_the_first_table_are_those_of_the_layout():
             assert f"{layout.bytes_per_token / 4096:.1%}" == share
 
 
-def test_decode_times_of_the_first_table_are_those_of_the_committed_run():
-    rows = json.loads((ROOT / "bench/results/nvidia-h200-quick.json").read_text())["rows"]
-    us = {(row["impl"], row["mode"]): f"{row['timing'][0]:.0f} us" for row in rows if row["case"] == "64x8k"}
-    times = {mode.strip("`"): time for mode, *_, time, _ in first_table() if time}
-    assert times == {mode: us["kvq torch", mode] for mode in ("bfloat16", "int8_per_token_head", "fp8_per_token_head")}
-    peers = [peer for *_, peer in first_table() if peer]
-    assert peers == [f"{us['FlashInfer', 'bfloat16']} (bfloat16)", f"{us['FlashInfer', 'fp8_e4m3']} (e4m3)"]
+@pytest.mark.parametrize("path", QUOTES)
+def test_documents_quote_the_committed_run(path):
+    text = (ROOT / path).read_text()
+    assert quotes.renewed(text, RUN, QUOTES[path]) == text, "run `python -m bench.quotes --write`"
+
+
+def test_every_time_and_rate_of_the_readme_is_a_quote():
+    prose = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
+    assert not re.findall(r".*\d\s(?:us|TB/s|TFLOP/s)\b.*", quotes.without(prose, QUOTES["README.md"]))
+
+
+def test_the_readme_names_what_misses_its_bar():
+    missed = {JAX if row.impl == JAX else row.case for row in quotes.Figures(RUN).missed}
+    assert missed == {"64x8k 32/1", "mla 16 heads", "mla 128 heads", JAX, "append + attention"}
 
 
 ADVICE = README.split("## Which mode when\n")[1].split("\n## ")[0]
@@ -90,19 +101,6 @@ def test_every_advice_ends_with_a_committed_run_or_a_named_study(sentence):
     assert (ROOT / run[1]).is_file() if run else evidence[1].endswith(STUDIES)
 
 
-def advised_times():
-    """The times of the advice, in microseconds, out of the committed run."""
-    rows = json.loads((ROOT / "bench/results/nvidia-h200-quick.json").read_text())["rows"]
-    us = {(row["case"], row["mode"]): row["timing"][0] for row in rows if row["impl"] == "kvq torch"}
-    int8, bfloat16 = "int8_per_token_head", "bfloat16"
-    return [
-        f"{us['64x8k', 'fp8_per_token_head']:.0f} us where int8 takes {us['64x8k', int8]:.0f},",
-        f"8k take {us['64x8k', int8]:.0f} us from int8 and {us['64x8k', bfloat16]:.0f} us from bfloat16",
-        f"16 of them {us['16x8k', int8]:.0f} us and {us['16x8k', bfloat16]:.0f} us",
-        f"1k takes {us['1x1k', int8]:.1f} us from int8 and {us['1x1k', bfloat16]:.1f} us from bfloat16",
-    ]
-
-
 def advised_errors():
     """Attention errors and changes of the bits per byte out of the committed run of the demo."""
     demo = {row["mode"]: row for row in json.loads((ROOT / "bench/results/cpu-demo.json").read_text())}
@@ -120,8 +118,8 @@ def advised_errors():
 
 
 def test_figures_of_the_advice_are_those_of_the_committed_runs():
-    text = " ".join(ADVICE.split())
-    for figures in (*advised_times(), *advised_errors()):
+    text = " ".join(quotes.without(ADVICE, QUOTES["README.md"]).split())
+    for figures in advised_errors():
         assert figures in text
         text = text.replace(figures, "")
     assert not re.search(r"\d us|\de-\d|bits per byte", text)
