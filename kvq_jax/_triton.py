@@ -6,8 +6,10 @@ interpreter inside a callback.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
+import zlib
 from types import ModuleType
 
 import jax
@@ -28,20 +30,10 @@ from kvq_jax._interop import array_spec, device_facts, vary_like
 from kvq_jax.cache import KVCache
 
 
-class _Scalar(int):
-    """An integer argument of a kernel that is equal to no plain integer.
-
-    jax-triton folds a scalar that ``== 1`` into the program as a constant, which would compile the kernel once more and
-    make its PTX differ from PyTorch's, where these scalars are never specialised.
-    """
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is _Scalar and int(self) == int(other)
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    __hash__ = int.__hash__
+# Of jaxlib, which launches what jax-triton compiles. jax-triton itself calls the older "triton_kernel_call", which XLA
+# cannot record into a CUDA graph: a decode took about a microsecond longer.
+_TARGET = "triton_kernel_call_ffi"
+_ALIGNMENT = 16  # bytes, of every array: what jax-triton compiles for
 
 
 def append_kv(cache: KVCache, k: jax.Array, v: jax.Array, slot_mapping: jax.Array) -> jax.Array:
@@ -133,22 +125,46 @@ def launch(plan: LaunchPlan, device: DeviceFacts, *inputs: jax.Array) -> list[ja
 
 
 def _call_triton(plan: LaunchPlan, device: DeviceFacts, inputs: tuple[jax.Array, ...]) -> list[jax.Array]:
+    aliases = {output.alias: i for i, output in enumerate(plan.outputs) if output.alias is not None}
+    call = jax.ffi.ffi_call(_TARGET, _out_shape(plan), input_output_aliases=aliases, vmap_method="sequential")
+    opaque = _kernel_call(plan, device, tuple(x.dtype.name for x in inputs))
+    return call(*vary_like(inputs, *inputs), name=plan.kernel, opaque=opaque)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kernel_call(plan: LaunchPlan, device: DeviceFacts, dtypes: tuple[str, ...]) -> bytes:
+    """The launch of ``plan`` on inputs of ``dtypes`` as `_TARGET` reads it: PTX, grid and scalars."""
     from kvq_core import kernels
 
-    return _jax_triton().triton_call(
-        *inputs,
-        *map(_Scalar, plan.scalars),
-        kernel=getattr(kernels, plan.kernel),
-        out_shape=_out_shape(plan),
-        grid=plan.grid,
-        name=plan.kernel,
+    library = _jax_triton().triton_lib
+    is_cuda = device.backend == "cuda"
+    inputs, outputs = (
+        [library.get_triton_type(jax.core.ShapedArray((), jnp.dtype(dtype))) for dtype in names]
+        for names in (dtypes, (output.dtype for output in plan.outputs))
+    )
+    scalars = [library.get_triton_type(scalar) for scalar in plan.scalars]
+    # Any value but 1, which jax-triton would fold into the program: it would compile the kernel once more, and its PTX
+    # would differ from PyTorch's, where these scalars are never specialised.
+    unknown = [(i, dtype, 0) for i, dtype in enumerate(scalars, start=len(inputs))]
+    kernel, _ = library.get_or_create_triton_kernel(
+        library.get_cuda_backend if is_cuda else library.get_hip_backend,
+        "cuda" if is_cuda else "rocm",
+        getattr(kernels, plan.kernel),
+        [*inputs, *scalars, *outputs],
+        unknown,
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
+        num_ctas=1,
+        compute_capability=device.arch if is_cuda else None,
         enable_fp_fusion=plan.enable_fp_fusion,
-        compute_capability=device.arch if device.backend == "cuda" else None,
-        input_output_aliases={output.alias: i for i, output in enumerate(plan.outputs) if output.alias is not None},
-        **dict(plan.constexprs),
+        metaparams=dict(plan.constexprs),
+        dump=False,
     )
+    lib = library.triton_kernel_call_lib
+    array = lib.create_array_parameter(0, _ALIGNMENT)
+    values = [lib.create_scalar_parameter(*scalar) for scalar in zip(plan.scalars, scalars, strict=True)]
+    parameters = [array] * len(inputs) + values + [array] * len(outputs)
+    return zlib.compress(lib.TritonKernelCall(kernel, *plan.grid, parameters).to_proto(plan.kernel, b""))
 
 
 def _call_interpreter(plan: LaunchPlan, device: DeviceFacts, inputs: tuple[jax.Array, ...]) -> list[jax.Array]:

@@ -232,7 +232,7 @@ def test_cuda_append_is_one_custom_call_that_aliases_the_donated_pool():
     operations = re.findall(r"%\d+ = \"?(\w+\.\w+)", text)
     assert operations == ["stablehlo.custom_call"]
     call = next(line for line in text.splitlines() if "custom_call" in line)
-    (operands,) = re.findall(r"@triton_kernel_call\(([^)]*)\)", call)
+    (operands,) = re.findall(r"@triton_kernel_call_ffi\(([^)]*)\)", call)
     (aliased,) = re.findall(r"output_tuple_indices = \[\], operand_index = (\d+)", call)
     assert operands.split(", ")[int(aliased)] == "%arg0"
 
@@ -261,7 +261,7 @@ def test_cuda_ops_lower_inside_shard_map():
     sharded = jax.shard_map(
         step, mesh=mesh, in_specs=(specs, heads, heads, none), out_specs=(specs, jax.P(None, None, "tp"))
     )
-    assert lower_for_cuda(sharded, cache, k, v, jnp.zeros((1, 1), jnp.int32)).count("@triton_kernel_call") == 2
+    assert lower_for_cuda(sharded, cache, k, v, jnp.zeros((1, 1), jnp.int32)).count("@triton_kernel_call_ffi") == 2
 
 
 def test_cuda_attention_lowers_without_a_host_read():
@@ -271,7 +271,7 @@ def test_cuda_attention_lowers_without_a_host_read():
         return paged_attention(q, cache, table, lens, cu_seqlens_q=cu, max_seqlen_q=2, return_lse=True)
 
     table, lens, cu = jnp.zeros((2, 3), jnp.int32), jnp.ones(2, jnp.int32), jnp.array([0, 2, 3], jnp.int32)
-    assert "@triton_kernel_call" in lower_for_cuda(attend, q, cache, table, lens, cu)
+    assert "@triton_kernel_call_ffi" in lower_for_cuda(attend, q, cache, table, lens, cu)
 
 
 def test_a_scalar_equal_to_one_does_not_compile_the_kernel_again():
