@@ -204,6 +204,25 @@ def _attention_shapes():
     yield AttentionCase("prefill-max-seqlen-q", layout_of(INT8), PREFILL, ragged=True, max_seqlen_q=40, group=4)
 
 
+def _attention_of_four_warps():
+    """32 query rows of a KV head, which on Hopper a group of four warps attends with."""
+    kinds = {
+        "decode": {"seqs": ((1, 300), (1, 128), (1, 5)), "group": 32},
+        "few": {"seqs": ((8, 200), (3, 37), (0, 9)), "ragged": True, "max_seqlen_q": 8, "padding_rows": 2, "group": 4},
+    }
+    for (i, kind), (j, mode) in itertools.product(
+        enumerate(kinds), enumerate((INT8, FP8, "fp8_e4m3", "fp8_e5m2", f"{INT8}/{FP8}", f"{FP8}/bfloat16"))
+    ):
+        tags = SWEEP if (i + j) % 2 else _callback_if(mode == FP8)
+        yield AttentionCase(f"{kind}-rows-32-{mode}", layout_of(mode, 16, 1, 128), **kinds[kind], **SCALES, tags=tags)
+    for i, (dim, dim_v) in enumerate(((80, 80), (112, 96), (192, 128), (256, 256), (64, 128))):
+        layout, kind = layout_of((INT8, FP8)[i % 2], (8, 64)[i % 2], 1, dim, dim_v), ("few", "decode")[i % 2]
+        yield AttentionCase(f"{kind}-rows-32-dims-{dim}-{dim_v}", layout, **kinds[kind], tags=SWEEP)
+    for kind, mode in zip(kinds, (INT8, FP8), strict=True):
+        options = {"v_exponents": MIXED, "damage": ("nan_v", "foreign"), **OPTIONS["all"]}
+        yield AttentionCase(f"{kind}-rows-32-all", layout_of(mode, 5, 1, 128, rows="NHD"), **kinds[kind], **options)
+
+
 OPTIONS = {
     "not-causal": {"causal": False},
     "window-1": {"window": 1},
@@ -380,5 +399,6 @@ ATTENTION_CASES = (
     *_attention_traps(),
     *_attention_calls(),
     *_attention_rows(),
+    *_attention_of_four_warps(),
 )
 MERGE_CASES = tuple(_merge_cases())

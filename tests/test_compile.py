@@ -98,6 +98,18 @@ def test_rows_of_a_container_move_in_as_many_bytes_as_they_are_aligned_to():
         assert opcodes == {f"{access}.v2.b32", f"{access}.b32"}
 
 
+@pytest.mark.parametrize(("mode", "head_dim"), [("int8_per_token_head", 128), ("fp8_per_token_head", 256)])
+def test_32_rows_of_8_bits_take_hoppers_own_dots(mode, head_dim):
+    call, *_ = record(SM_90, compiling.attention(layout(mode, head_dim, num_kv_heads=1), num_q_heads=32))
+    kernel = compiled(call, SM_90.gpu)
+    opcodes = instructions(kernel.asm["ptx"])
+    assert not [opcode for opcode in opcodes if opcode.startswith("mma.")]
+    assert any(opcode.startswith("wgmma.mma_async") for opcode in opcodes)
+    # Codes are read in words: no operand is put together from bytes or pairs of them.
+    assert not [opcode for opcode in opcodes if re.fullmatch(r"ld\.shared(\.v\d)?\.[bus](8|16)", opcode)]
+    assert 2 * kernel.metadata.shared <= SM_90.shared_bytes  # two programs, eight warps, on a multiprocessor
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_append_divides_and_rounds_as_ieee_754(mode):
     """A contracted multiply-add would round once where the format rounds twice; an approximate quotient, wrongly."""

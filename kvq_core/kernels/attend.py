@@ -14,7 +14,8 @@ vector along the named axes.
 V goes through one dot or (``S.v_parts``) two. Few rows take operands from registers, and there a dot operand of single
 bytes whose contraction axis is not contiguous would be read from shared memory byte by byte. So V of 8 bits is read as
 pairs of neighbouring codes, which ``ldmatrix`` transposes, and each byte of the pairs gets a dot of its own. Many rows
-take V from shared memory after it was converted, and wider V needs no conversion: one dot.
+take V from shared memory after it was converted, and wider V needs no conversion: one dot. K of 8 bits is read as pairs
+too (``S.k_parts``) for the dots of four warps, which would have Triton read it two bytes at a time.
 """
 
 import triton
@@ -25,6 +26,7 @@ from kvq_core.kernels.codec import (
     approximate_reciprocal,
     bias_of,
     decode_biased,
+    decode_biased_pairs,
     decode_bytes,
     decode_pairs,
     round_for,
@@ -80,7 +82,7 @@ def multiply(a, b, acc, S: tl.constexpr):
 
 @triton.jit
 def load_queries(q_ptr, k_scale_ptr, alibi_slopes_ptr, token, q_head, q_pos, valid, strides, S: tl.constexpr):
-    """q [d, rows] as a dot operand, with what turns dots into scores: (q, row_scale, row_offset, slope, q_pos)."""
+    """q [d, rows] as S.k_parts dot operands, with what turns dots into scores: (q, row_scale, row_offset, slope, q_pos)."""
     R: tl.constexpr = S.records
     MODE: tl.constexpr = R.k.mode
     CAPS: tl.constexpr = R.caps
@@ -103,7 +105,12 @@ def load_queries(q_ptr, k_scale_ptr, alibi_slopes_ptr, token, q_head, q_pos, val
         slope = tl.load(alibi_slopes_ptr + q_head, mask=valid, other=0.0) * LOG2E
     q = to_k_operand(q, S)
     row_offset = tl.sum(q.to(tl.float32), axis=first_axis(S)) * row_scale * -bias_of(MODE, CAPS, OPERAND)
-    return q, row_scale, row_offset, slope, q_pos
+    if S.k_parts == 2:
+        even, odd = tl.split(tl.reshape(tl.trans(q), [S.rows, R.k.padded_dim // 2, 2]))
+        parts = (tl.trans(even), tl.trans(odd))
+    else:
+        parts = (q,)
+    return parts, row_scale, row_offset, slope, q_pos
 
 
 @triton.jit
@@ -148,7 +155,7 @@ def attend_keys(query, pool, start, end, all_visible_end, v_scale_ptr, S: tl.con
     Returns the normalized output as S.v_parts parts (see `join_parts`), and the log2 of the sum of exponentials.
     """
     m = tl.full([S.rows], float("-inf"), tl.float32)
-    l = tl.full([S.rows], 0.0, tl.float32)
+    l = tl.full([S.tile // 16, 8, S.rows] if S.late_sums else [S.rows], 0.0, tl.float32)
     part = tl.full(tile_shape(part_width(S), S.rows, S), 0.0, tl.float32)
     if S.v_parts == 1:
         acc = (part,)
@@ -221,7 +228,10 @@ def attend_tile(state, query, pool, first_key, end, MASKED: tl.constexpr, S: tl.
             p = tl.where(visible & first(v_scale != v_scale, S), float("nan"), p)
         else:
             poison += tl.where(v_scale == v_scale, 0.0, float("nan"))
-    l = l * alpha + tl.sum(w, axis=first_axis(S))
+    if S.late_sums:  # the keys that a thread holds; `_finish` adds up the rest
+        l = l * alpha[None, None, :] + tl.sum(tl.reshape(w, [S.tile // 16, 2, 8, S.rows]), axis=1)
+    else:
+        l = l * alpha + tl.sum(w, axis=first_axis(S))
     p = to_v_operand(p, S)
     v = _load_v(pages_ptr, records, offset, exists, MASKED, S)
     acc = scale_parts(acc, alpha, S)
@@ -254,21 +264,29 @@ def _scores(query, pages_ptr, records, offset, token, S: tl.constexpr):
     CAPS: tl.constexpr = S.records.caps
     OPERAND: tl.constexpr = S.k_operand
     q, row_scale, row_offset, slope, q_pos = query
-    d = tl.arange(0, K.padded_dim)
-    DIM: tl.constexpr = K.padded_dim
+    DIM: tl.constexpr = K.padded_dim // S.k_parts
+    BYTES: tl.constexpr = K.code_bytes * S.k_parts
+    d = tl.arange(0, DIM)
     ALIGN: tl.constexpr = K.align
-    element = tl.multiple_of(row_offsets(records, offset, K) // K.code_bytes, ALIGN // K.code_bytes)
-    ptrs = typed_ptr(pages_ptr, MODE) + first(element, S) + second(d, S)
+    element = tl.multiple_of(row_offsets(records, offset, K) // BYTES, ALIGN // BYTES)
+    k_ptr = pages_ptr.to(tl.pointer_type(tl.int16), bitcast=True) if S.k_parts == 2 else typed_ptr(pages_ptr, MODE)
+    ptrs = k_ptr + first(element, S) + second(d, S)
     # Inside two loops Triton 3.7 forgets this, and would load element by element. It must be said in this function:
     # of an argument of another one it would be lost.
     if S.keys_first:
         ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (1, ALIGN)), (1, DIM))
     else:
         ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (ALIGN, 1)), (DIM, 1))
-    k = _load_rows(ptrs, second(d < K.head_dim, S), K.padded_dim != K.head_dim)
-    if K.code_bytes == 1:
-        k = decode_biased(k, MODE, CAPS, OPERAND)
-    x = multiply(to_k_operand(k, S), q, None, S) * second(row_scale, S) + second(row_offset, S)
+    k = _load_rows(ptrs, second(d < K.head_dim // S.k_parts, S), K.padded_dim != K.head_dim)
+    if S.k_parts == 2:
+        k0, k1 = decode_biased_pairs(k, MODE, CAPS, OPERAND)
+        x = multiply(to_k_operand(k0, S), q[0], None, S)
+        x = multiply(to_k_operand(k1, S), q[1], x, S)
+    else:
+        if K.code_bytes == 1:
+            k = decode_biased(k, MODE, CAPS, OPERAND)
+        x = multiply(to_k_operand(k, S), q[0], None, S)
+    x = x * second(row_scale, S) + second(row_offset, S)
     if K.per_token_head:
         x = x * first(tl.load(scale_ptrs(pages_ptr, records, offset, K)), S)
     if S.softcap > 0:
@@ -370,6 +388,8 @@ def _accumulate(acc, p, v, visible, MASKED: tl.constexpr, S: tl.constexpr):
 @triton.jit
 def _finish(state, v_scale_ptr, S: tl.constexpr):
     m, l, acc, poison = state
+    if S.late_sums:
+        l = tl.sum(tl.sum(l, axis=0), axis=0)
     factor = tl.where(l == 0.0, 0.0, 1.0 / l)
     if S.records.v.per_tensor:
         factor *= tl.load(v_scale_ptr)

@@ -284,6 +284,30 @@ def decode_biased(codes, MODE: tl.constexpr, CAPS: tl.constexpr, OPERAND: tl.con
 
 
 @triton.jit
+def decode_biased_pairs(pairs, MODE: tl.constexpr, CAPS: tl.constexpr, OPERAND: tl.constexpr):
+    """`decode_pairs` plus `bias_of`."""
+    if bias_of(MODE, CAPS, OPERAND) == 0.0:
+        values = decode_pairs(pairs, MODE, CAPS)
+    else:
+        values = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 t;
+            xor.b32 t, $2, 0x80808080;
+            prmt.b32 $0, t, 0x64646464, 0x4240;
+            prmt.b32 $1, t, 0x64646464, 0x4341;
+            }
+            """,
+            "=&r,=r,r",
+            [pairs],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    return values
+
+
+@triton.jit
 def _int8_bytes_ptx(codes):
     """(byte ^ 0x80) | 0x6400 is the float16 1152 + x; four codes per register."""
     return tl.inline_asm_elementwise(

@@ -1,9 +1,10 @@
 """Which keys a program attends to, found on the device from the lengths.
 
 The grid follows from shapes alone. The keys of all sequences, counted in tiles, form one line; program n of
-``S.programs`` (or of as many as there are tiles) takes the n-th equal part of it, whatever the lengths are. A part can
-span sequences, and a sequence parts: what program n finds for sequence s is segment n + s. Walking along the line, each
-new segment advances n or s, so no two segments share a number, and there are fewer than ``S.programs + num_seqs``.
+``S.programs`` takes the n-th of equal parts of it, whatever the lengths are; programs past the last part have nothing to
+do. A part can span sequences, and a sequence parts: what program n finds for sequence s is segment n + s. Walking along
+the line, each new segment advances n or s, so no two segments share a number, and there are fewer than
+``S.programs + num_seqs``.
 """
 
 import triton
@@ -74,15 +75,28 @@ def find_sequence(tile, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity, S: t
 
 
 @triton.jit
+def part_tiles(total, S: tl.constexpr):
+    """Tiles of a part: as few as programs allow, rounded up by less than a 16th.
+
+    So parts of long sequences of one length begin where the sequences do, and no program has two segments.
+    """
+    tiles = tl.maximum(tl.cdiv(total, S.programs), 1)
+    step = tl.where(tiles >= 32, 2, 1)
+    step = tl.where(tiles >= 64, 4, step)
+    step = tl.where(tiles >= 128, 8, step)
+    return tl.cdiv(tiles, step) * step
+
+
+@triton.jit
 def part_start(program, total, S: tl.constexpr):
     """First tile of a program's part of the line."""
-    return tl.minimum(program * total // tl.maximum(tl.minimum(total, S.programs), 1), total)
+    return tl.minimum(program * part_tiles(total, S), total)
 
 
 @triton.jit
 def part_of(tile, total, S: tl.constexpr):
     """The program whose part holds ``tile``."""
-    return ((tile + 1) * tl.minimum(total, S.programs) - 1) // tl.maximum(total, 1)
+    return tile // part_tiles(total, S)
 
 
 @triton.jit

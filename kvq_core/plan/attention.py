@@ -74,7 +74,9 @@ def specify_attention(
         k_operand=operands.k,
         v_operand=operands.v,
         fold_v_scales=operands.v != "float32",
+        k_parts=shape.k_parts,
         v_parts=2 if records.v.code_bytes == 1 and rows < _MANY_ROWS else 1,
+        late_sums=rows < _MANY_ROWS and shape.num_warps > 1,
         p_shift=14.0 if operands.v == "float16" else 0.0,
         normalize_q=operands.k == "float16" and q.dtype == "bfloat16",
         sm_scale=float(call.score_scale),
@@ -126,6 +128,7 @@ class AttentionShape(NamedTuple):
     row_blocks: int
     queries: int
     tile: int
+    k_parts: int
     num_warps: int
     num_stages: int
     programs: int
@@ -154,16 +157,21 @@ def _decode_shape(
 ) -> AttentionShape:
     code_bytes = max(records.k.code_bytes, records.v.code_bytes)
     row_blocks = math.ceil(queries * group / rows)
-    state = rows * max(records.k.padded_dim, records.v.padded_dim)
-    num_warps = max(_FLOAT32_WARPS if "float32" in operands else 1, min(8, state // 2048))
+    dim = max(records.k.padded_dim, records.v.padded_dim)
+    # A group of four warps, for which Hopper has dots of its own: 55 us for 32 rows of one KV head where two warps took
+    # 60 (bench/results/tuning/9-mqa.txt). Wider codes would not fit into shared memory twice.
+    in_group = rows == 32 and 128 <= dim <= 256 and code_bytes == 1 and operands == ("float16", "float16")
+    in_group = in_group and (device.arch == 90 or device.backend == "interpreter")
+    num_warps = 4 if in_group else max(_FLOAT32_WARPS if "float32" in operands else 1, min(8, rows * dim // 2048))
     programs = device.num_sms * max(1, _DECODE_WARPS_PER_SM // num_warps)
     return AttentionShape(
         rows=rows,
         row_blocks=row_blocks,
         queries=queries,
-        tile=_tile(records, 2**14 * num_warps, most=128 if rows == 16 else 64, operands=operands),
+        tile=2**14 // dim if in_group else _tile(records, 2**14 * num_warps, 128 if rows == 16 else 64, operands),
+        k_parts=2 if in_group else 1,
         num_warps=num_warps,
-        num_stages=2 if code_bytes == 1 and num_warps == 1 else 3,
+        num_stages=5 if in_group else 2 if code_bytes == 1 and num_warps == 1 else 3,
         programs=max(1, programs // (records.num_kv_heads * row_blocks)),
     )
 
@@ -175,7 +183,8 @@ def _prefill_shape(records: RecordSpec, group: int, rows: int, operands: _Operan
         rows=rows,
         row_blocks=1,
         queries=rows // group,
-        tile=_tile(records, 2**15, most=128, operands=operands),
+        tile=_tile(records, 2**15, 128, operands),
+        k_parts=1,
         num_warps=4 if dim <= 128 or (dim <= 256 and code_bytes == 1) else 8,
         num_stages=3 if code_bytes == 2 and dim <= 128 else 2,
         programs=1,
