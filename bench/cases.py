@@ -198,7 +198,8 @@ class MLACase:
         return self.batch * self.context * self.layout(mode).bytes_per_token
 
     def bar_of(self, mode: str) -> Bar | None:
-        return None if mode == BF16 and self.bar.quantity == "ratio" else self.bar
+        """The ratio to FlashInfer in bfloat16 is asked of the FP8 modes."""
+        return self.bar if mode.startswith("fp8") or self.bar.quantity != "ratio" else None
 
     def as_decode(self) -> DecodeCase:
         """A case with the same page table."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import importlib.metadata
 import json
 import platform
@@ -40,9 +41,15 @@ class Report:
 
 
 def environment(device: str) -> dict[str, str]:
-    """The device, its driver, and the versions of what runs on it."""
+    """The day, the device, its driver, and the versions of what runs on it."""
     versions = {name: _version(name) for name in PACKAGES}
-    return {"device": device, "driver": _driver(), "python": platform.python_version(), **versions}
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": device,
+        "driver": _driver(),
+        "python": platform.python_version(),
+        **versions,
+    }
 
 
 def save(report: Report, path: Path) -> None:

@@ -29,7 +29,6 @@ from kvq_core.plan import (
 from kvq_jax._interop import array_spec, device_facts, vary_like
 from kvq_jax.cache import KVCache
 
-
 # Of jaxlib, which launches what jax-triton compiles. jax-triton itself calls the older "triton_kernel_call", which XLA
 # cannot record into a CUDA graph: a decode took about a microsecond longer.
 _TARGET = "triton_kernel_call_ffi"

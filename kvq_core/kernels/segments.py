@@ -1,9 +1,9 @@
 """Which keys a program attends to, found on the device from the lengths.
 
 The grid follows from shapes alone. The keys of all sequences, counted in tiles, form one line; program n of
-``S.programs`` takes the n-th of equal parts of it, whatever the lengths are; programs past the last part have nothing to
-do. A part can span sequences, and a sequence parts: what program n finds for sequence s is segment n + s. Walking along
-the line, each new segment advances n or s, so no two segments share a number, and there are fewer than
+``S.programs`` takes the n-th of equal parts of it, whatever the lengths are; programs past the last part do nothing. A
+part can span sequences, and a sequence parts: what program n finds for sequence s is segment n + s. Walking along the
+line, each new segment advances n or s, so no two segments share a number, and there are fewer than
 ``S.programs + num_seqs``.
 """
 
