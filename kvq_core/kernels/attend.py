@@ -82,7 +82,7 @@ def multiply(a, b, acc, S: tl.constexpr):
 
 @triton.jit
 def load_queries(q_ptr, k_scale_ptr, alibi_slopes_ptr, token, q_head, q_pos, valid, strides, S: tl.constexpr):
-    """q [d, rows] in S.k_parts dot operands, and what turns dots into scores: (q, row_scale, row_offset, slope, q_pos)."""
+    """q [d, rows] in S.k_parts dot operands, and what makes scores of dots: q, row_scale, row_offset, slope, q_pos."""
     R: tl.constexpr = S.records
     MODE: tl.constexpr = R.k.mode
     CAPS: tl.constexpr = R.caps

@@ -84,7 +84,7 @@ def part_tiles(total, S: tl.constexpr):
     step = tl.where(tiles >= 32, 2, 1)
     step = tl.where(tiles >= 64, 4, step)
     step = tl.where(tiles >= 128, 8, step)
-    return tl.cdiv(tiles, step) * step
+    return (tiles + step - 1) & -step
 
 
 @triton.jit
