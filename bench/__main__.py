@@ -83,7 +83,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _start_compiling(selection: Selection) -> list[Future]:
     prefills = {case.head_dim for case in selection.prefill} & set(prefill.FA3_HEAD_DIMS)
-    return peers.compile_in_background((case for _, case in selection.decodes), prefills, bool(selection.mla))
+    decodes = [*(case for _, case in selection.decodes), *selection.host]
+    return peers.compile_in_background(decodes, prefills, bool(selection.host), bool(selection.mla))
 
 
 def _wait(compiling: list[Future]) -> Iterator[Row]:
@@ -109,7 +110,7 @@ def _measure_steps(selection: Selection, with_peers: bool) -> list[Step]:
         for section, case in selection.decodes
     ]
     steps += [(case.name, lambda case=case: append.measure(case)) for case in selection.append]
-    steps += [("host", lambda case=case: append.measure_host(case)) for case in selection.host]
+    steps += [("host", lambda case=case: append.measure_host(case, with_peers)) for case in selection.host]
     steps += [(case.name, lambda case=case: prefill.measure(case, with_peers)) for case in selection.prefill]
     steps += [(case.name, lambda case=case: mla.measure(case, with_peers)) for case in selection.mla]
     return steps

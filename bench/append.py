@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 import kvq_torch
-from bench import gate, pools, tables
-from bench.cases import INT8, AppendCase, DecodeCase
-from bench.rows import TORCH, Bar, Row
+from bench import gate, peers, pools, tables
+from bench.cases import BF16, INT8, AppendCase, DecodeCase
+from bench.rows import FLASHINFER, PLAIN, TORCH, Bar, Row
 from bench.timing import COLD_BYTES, device_time, host_time
 
 HOST_US = 60.0
+_HOST_CASE = "append + attention"
 
 
 def measure(case: AppendCase) -> Iterator[Row]:
@@ -38,21 +39,36 @@ def measure(case: AppendCase) -> Iterator[Row]:
         yield Row("append", case.name, TORCH, mode, timing, case.shape(), case.num_bytes(mode), bar=case.bar)
 
 
-def measure_host(case: DecodeCase) -> Iterator[Row]:
-    """The host's time for one append of a token a sequence and one attention: no graph, no autograd."""
+def measure_host(case: DecodeCase, with_peers: bool) -> Iterator[Row]:
+    """The host's time for one append of a token a sequence and one attention: no graph, no autograd.
+
+    Beside it FlashInfer's, and that of one small op of torch, because a figure says little without its CPU.
+    """
+    x, y = (torch.zeros(len(case.seq_lens), device="cuda") for _ in range(2))
+    calls = {(PLAIN, "float32"): functools.partial(torch.add, x, x, out=y), (TORCH, INT8): _step(case)}
+    if with_peers:
+        calls[FLASHINFER, BF16] = peers.step(case, pools.queries(case, 0))
+    with torch.inference_mode():
+        timings = {who: host_time(call) for who, call in calls.items()}
+    for (impl, mode), timing in timings.items():
+        bar = Bar("us", HOST_US) if impl == TORCH else None
+        versus = (_HOST_CASE, FLASHINFER, BF16) if impl == TORCH else None
+        yield Row("host", _HOST_CASE, impl, mode, timing, case.shape(), versus=versus, bar=bar)
+
+
+def _step(case: DecodeCase) -> Callable[[], None]:
+    """One append and one attention through kvq."""
     cache, q = pools.kvq_cache(case, INT8, 0), pools.queries(case, 0)
     table = torch.from_numpy(tables.page_table(case)).cuda()
     seq_lens = torch.tensor(case.seq_lens, dtype=torch.int32).cuda()
-    kv = torch.randn(len(case.seq_lens), case.num_kv_heads, case.head_dim, dtype=torch.bfloat16, device="cuda")
+    kv = pools.new_rows(case)
     slots = torch.arange(len(case.seq_lens), device="cuda")
 
     def step() -> None:
-        kvq_torch.append_kv_(cache, kv, kv, slots)
+        kvq_torch.append_kv_(cache, *kv, slots)
         kvq_torch.paged_attention(q, cache, table, seq_lens)
 
-    with torch.inference_mode():
-        timing = host_time(step)
-    yield Row("host", "append + attention", TORCH, INT8, timing, case.shape(), bar=Bar("us", HOST_US))
+    return step
 
 
 def _check(case: AppendCase, mode: str, cache: kvq_torch.KVCache, kv: list[torch.Tensor], slots: torch.Tensor) -> None:

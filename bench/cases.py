@@ -259,7 +259,7 @@ PREFILL = (
 MLA = (MLACase("mla 16 heads", 16, Bar("ratio", 0.65)), MLACase("mla 128 heads", 128, Bar("TFLOP/s", 300)))
 JAX_DECODE = tuple(case for case in DECODE if case.name in ("64x8k", "8x32k", "16x8k"))
 JAX_APPEND = APPEND[2:]
-HOST = uniform(1, 1 * K)
+HOST = uniform(1, 1 * K, peers=(BF16,))
 SECTIONS = ("decode", "sweep", "append", "host", "prefill", "variants", "mla", "jax")
 
 

@@ -27,13 +27,15 @@ def is_installed() -> bool:
 
 
 def compile_in_background(
-    decodes: Iterable[DecodeCase], prefill_head_dims: Iterable[int], has_mla: bool
+    decodes: Iterable[DecodeCase], prefill_head_dims: Iterable[int], has_append: bool, has_mla: bool
 ) -> list[Future]:
     """Start FlashInfer's compilations, 40 to 130 s each, side by side; wait for the futures before timing."""
     modules = {(mode, case.head_dim) for case in decodes for mode in case.peers}
     pool = ThreadPoolExecutor(max_workers=8)
     futures = [pool.submit(_compile_prefill, head_dim) for head_dim in prefill_head_dims]
     futures += [pool.submit(_compile_decode, *module) for module in sorted(modules)]
+    if has_append:
+        futures.append(pool.submit(_compile_append))
     if has_mla:
         futures.append(pool.submit(_compile_mla))
     pool.shutdown(wait=False)
@@ -58,6 +60,17 @@ def decode_calls(case: DecodeCase, mode: str, qs: list[torch.Tensor]) -> list[Ca
     return [
         functools.partial(wrapper.run, q, pool, out=torch.empty_like(q)) for q, pool in zip(qs, pools_, strict=True)
     ]
+
+
+def step(case: DecodeCase, q: torch.Tensor) -> Callable[[], None]:
+    """One step of decoding in bfloat16: the last token of each sequence is appended, then attended over."""
+    append, (attend,) = _append_call(case), decode_calls(case, BF16, [q])
+
+    def append_and_attend() -> None:
+        append()
+        attend()
+
+    return append_and_attend
 
 
 def mla_call(case: MLACase, q: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -105,6 +118,16 @@ def prefill_calls(case: DecodeCase, qs: list[torch.Tensor]) -> list[Callable[[],
     return [functools.partial(wrapper.run, q, pool) for q, pool in zip(qs, pools_, strict=True)]
 
 
+def _append_call(case: DecodeCase) -> Callable[[], None]:
+    import flashinfer
+
+    starts, ids, last = _page_lists(case)
+    sequences = torch.arange(len(case.seq_lens), dtype=torch.int32, device="cuda")
+    positions = torch.tensor(case.seq_lens, dtype=torch.int32, device="cuda") - 1
+    rows, pool = pools.new_rows(case), pools.flashinfer_pool(case, BF16, 0)
+    return functools.partial(flashinfer.append_paged_kv_cache, *rows, sequences, positions, pool, ids, starts, last)
+
+
 def _page_lists(case: DecodeCase) -> list[torch.Tensor]:
     """The page table as FlashInfer takes it: starts, ids one sequence after the other, tokens of the last pages."""
     table = tables.page_table(case)
@@ -121,6 +144,10 @@ def _workspace() -> torch.Tensor:
 def _compile_decode(mode: str, head_dim: int) -> None:
     case = uniform(1, 1024, head_dim=head_dim)
     decode_calls(case, mode, [pools.queries(case, 0)])[0]()
+
+
+def _compile_append() -> None:
+    _append_call(uniform(1, 1024))()
 
 
 def _compile_prefill(head_dim: int) -> None:

@@ -19,6 +19,12 @@ def queries(case: DecodeCase, seed: int) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.bfloat16, device="cuda", generator=_generator(seed))
 
 
+def new_rows(case: DecodeCase) -> list[torch.Tensor]:
+    """K and V of one new token a sequence, bfloat16 ``[num_seqs, num_kv_heads, head_dim]``."""
+    shape = len(case.seq_lens), case.num_kv_heads, case.head_dim
+    return [torch.randn(shape, dtype=torch.bfloat16, device="cuda", generator=_generator(seed)) for seed in range(2)]
+
+
 def kvq_cache(case: DecodeCase, mode: str, seed: int) -> kvq_torch.KVCache:
     """A cache whose every slot holds a token; its values depend on ``seed`` and the shape alone."""
     cache = kvq_torch.KVCache(case.layout(mode), case.num_pages, device="cuda")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 TORCH, JAX, FLASHINFER, LIBRARY = "kvq torch", "kvq jax", "FlashInfer", "torch SDPA"
+PLAIN = "torch.add"  # what the host takes for the least that PyTorch can do on a GPU
 KERNEL = "kvq kernel"  # prefill without a library
 Quantity = Literal["ratio", "us", "TB/s", "TFLOP/s"]
 RATES = ("TB/s", "TFLOP/s")  # more is better

@@ -11,6 +11,7 @@ from kvq_core.arguments import AttentionCall, check_paged_attention
 from kvq_core.layout import CacheLayout
 from kvq_core.mla import MLALayout
 from kvq_core.mla_arguments import check_mla_attention
+from kvq_torch._interop import CallKey, keyed_call
 from kvq_torch._pages import read_pages
 
 _CHUNK_BYTES = 1 << 26  # of one temporary; a handful are alive at a time
@@ -35,7 +36,7 @@ class _Keys(NamedTuple):
 
 def paged_attention(
     layout: CacheLayout,
-    call: AttentionCall,
+    call_key: CallKey,
     q: torch.Tensor,
     pages: torch.Tensor,
     k_scale: torch.Tensor,
@@ -47,6 +48,7 @@ def paged_attention(
     alibi_slopes: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kvq_torch.paged_attention`; always returns out and lse."""
+    call = keyed_call(call_key)
     check_paged_attention(layout, call)
     num_kv_heads = pages.shape[layout.head_axis]
     heads = (num_kv_heads, q.shape[1] // num_kv_heads)
@@ -60,7 +62,7 @@ def paged_attention(
 
 def mla_attention(
     layout: MLALayout,
-    call: AttentionCall,
+    call_key: CallKey,
     q: torch.Tensor,
     pages: torch.Tensor,
     k_scale: torch.Tensor,
@@ -69,6 +71,7 @@ def mla_attention(
     cu_seqlens_q: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kvq_torch.mla_attention`; always returns out and lse."""
+    call = keyed_call(call_key)
     check_mla_attention(layout, call)
     scoring = _Scoring(call, slopes=None, sinks=None)
     return _attend_blocks(scoring, layout, q, pages, k_scale, k_scale, page_table, seq_lens, cu_seqlens_q)

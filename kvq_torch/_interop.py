@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
-from kvq_core.arguments import ArraySpec
+from kvq_core.arguments import ArraySpec, AttentionCall
 from kvq_core.plan import DeviceFacts
+from kvq_core.plan.launch import cached
 
+ArrayKeys = tuple[tuple[torch.dtype, torch.Size, tuple[int, ...]] | None, ...]
+CallKey = tuple[ArrayKeys, tuple[float | None, ...]]  # an `AttentionCall`, as caches look it up
 _INTERPRETER_SMS = 4  # small, so that tests on a CPU reach the split and the unsplit paths
 
 
@@ -33,14 +37,21 @@ def optional_spec(tensor: torch.Tensor | None) -> ArraySpec | None:
     return None if tensor is None else array_spec(tensor)
 
 
-def known_spec(tensor: torch.Tensor) -> ArraySpec:
-    """`array_spec` in half the time, for tensors that nothing traces: the sizes of others may be symbols."""
-    return _spec(tensor.dtype, tensor.shape, tensor.stride())
+def array_keys(*tensors: torch.Tensor | None) -> ArrayKeys:
+    """What `array_spec` is made of, for caches. Not for tensors that are traced: the sizes of those may be symbols."""
+    return tuple([None if x is None else (x.dtype, x.shape, x.stride()) for x in tensors])  # a generator is slow
 
 
-@functools.lru_cache(maxsize=4096)
-def _spec(dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> ArraySpec:
-    return ArraySpec(dtype_name(dtype), tuple(shape), strides)
+def keyed_specs(keys: ArrayKeys) -> list[Any]:
+    """The `optional_spec` of each tensor that ``keys`` are the `array_keys` of."""
+    return [None if key is None else ArraySpec(dtype_name(key[0]), tuple(key[1]), key[2]) for key in keys]
+
+
+@cached
+def keyed_call(key: CallKey) -> AttentionCall:
+    """The call with these arrays and numbers, in the order of the fields."""
+    arrays, numbers = key
+    return AttentionCall(*keyed_specs(arrays), *numbers)
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from kvq_core.arguments import (
 )
 from kvq_core.layout import CacheLayout
 from kvq_torch import _eager
-from kvq_torch._interop import array_spec, dtype_name, known_spec, optional_spec
+from kvq_torch._interop import array_keys, array_spec, dtype_name, keyed_call, optional_spec
 
 _IMPLS = ("triton", "sdpa", "eager")
 _LIBRARY = torch.library.Library("kvq", "DEF")
@@ -42,19 +42,21 @@ _layout = functools.cache(CacheLayout.from_fingerprint)
 
 
 def _append_kv_(pages, k_scale, v_scale, k, v, slot_mapping, layout, impl):
-    _check_devices(pages, k_scale=k_scale, v_scale=v_scale, k=k, v=v, slot_mapping=slot_mapping)
-    _backend(impl, pages.device).append_kv_(_layout(layout), pages, k_scale, v_scale, k, v, slot_mapping)
+    # The condition alone takes half the time of the check.
+    if not (pages.device == k_scale.device == v_scale.device == k.device == v.device == slot_mapping.device):
+        _check_devices(pages, k_scale=k_scale, v_scale=v_scale, k=k, v=v, slot_mapping=slot_mapping)
+    _backend(impl, pages).append_kv_(_layout(layout), pages, k_scale, v_scale, k, v, slot_mapping)
 
 
 def _gather_kv(pages, k_scale, v_scale, page_table, seq_lens, dtype, layout, impl):
     _check_devices(pages, k_scale=k_scale, v_scale=v_scale, page_table=page_table, seq_lens=seq_lens)
-    backend = _backend(impl, pages.device)
+    backend = _backend(impl, pages)
     return backend.gather_kv(_layout(layout), pages, k_scale, v_scale, page_table, seq_lens, dtype)
 
 
 def _copy_pages_(pages, src, dst, impl):
     _check_devices(pages, src=src, dst=dst)
-    _backend(impl, pages.device).copy_pages_(pages, src, dst)
+    _backend(impl, pages).copy_pages_(pages, src, dst)
 
 
 def _paged_attention(
@@ -76,34 +78,24 @@ def _paged_attention(
     layout,
     impl,
 ):
-    _check_devices(pages, q=q, k_scale=k_scale, v_scale=v_scale, page_table=page_table, seq_lens=seq_lens)
-    _check_devices(pages, cu_seqlens_q=cu_seqlens_q, sinks=sinks, alibi_slopes=alibi_slopes)
+    if not (pages.device == q.device == k_scale.device == v_scale.device == page_table.device == seq_lens.device):
+        _check_devices(pages, q=q, k_scale=k_scale, v_scale=v_scale, page_table=page_table, seq_lens=seq_lens)
+    if not (cu_seqlens_q is None and sinks is None and alibi_slopes is None):
+        _check_devices(pages, cu_seqlens_q=cu_seqlens_q, sinks=sinks, alibi_slopes=alibi_slopes)
     check_count("max_seqlen_k", max_seqlen_k)
     cache_layout = _layout(layout)
-    call = AttentionCall(
-        known_spec(q),
-        known_spec(pages),
-        known_spec(page_table),
-        known_spec(seq_lens),
-        None if cu_seqlens_q is None else known_spec(cu_seqlens_q),
-        None if sinks is None else known_spec(sinks),
-        None if alibi_slopes is None else known_spec(alibi_slopes),
-        max_seqlen_q=max_seqlen_q,
-        sm_scale=sm_scale,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-    )
+    keys = array_keys(q, pages, page_table, seq_lens, cu_seqlens_q, sinks, alibi_slopes)
+    call = keys, (max_seqlen_q, sm_scale, causal, window, softcap)
     arrays = q, pages, k_scale, v_scale, page_table, seq_lens
-    if impl == "sdpa" or (impl is None and cu_seqlens_q is not None and pages.device.type != "cpu"):
-        _check_triton_runs_on(pages.device, impl or "triton")
+    if impl == "sdpa" or (impl is None and cu_seqlens_q is not None and not pages.is_cpu):
+        _check_triton_runs_on(pages, impl or "triton")
         from kvq_torch import _sdpa
 
-        plan = _sdpa.plan(cache_layout, call, max_seqlen_k, pages.device, is_wanted=impl == "sdpa")
+        plan = _sdpa.plan(cache_layout, keyed_call(call), max_seqlen_k, pages.device, is_wanted=impl == "sdpa")
         if plan is not None:
             assert cu_seqlens_q is not None  # it needs them
             return _sdpa.paged_attention(plan, *arrays, cu_seqlens_q, sinks)
-    backend = _backend(impl, pages.device)
+    backend = _backend(impl, pages)
     return backend.paged_attention(cache_layout, call, *arrays, cu_seqlens_q, sinks, alibi_slopes)
 
 
@@ -169,14 +161,14 @@ def _paged_attention_fake(
     return out, q.new_empty((num_q_tokens, num_q_heads), dtype=torch.float32)
 
 
-def _backend(impl: str | None, device: torch.device) -> ModuleType:
+def _backend(impl: str | None, pages: torch.Tensor) -> ModuleType:
     """The module that implements the ops; an explicit ``impl`` never becomes another."""
     if impl is None:
-        impl = "eager" if device.type == "cpu" else "triton"
+        impl = "eager" if pages.is_cpu else "triton"
     if impl == "eager":
         return _eager
     if impl == "triton":
-        _check_triton_runs_on(device, impl)
+        _check_triton_runs_on(pages, impl)
         return _triton()
     if impl == "sdpa":
         raise NotImplementedError("impl='sdpa' is a way to attend; use 'triton', 'eager' or None for the other ops")
@@ -191,8 +183,8 @@ def _triton() -> ModuleType:
     return _triton
 
 
-def _check_triton_runs_on(device: torch.device, impl: str) -> None:
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+def _check_triton_runs_on(pages: torch.Tensor, impl: str) -> None:
+    if pages.is_cpu and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f"impl={impl!r} got tensors on a CPU, where it needs Triton's interpreter. Move them to a GPU, use "
             "impl='eager', or set TRITON_INTERPRET=1 in the environment before Python starts"

@@ -12,7 +12,7 @@ import torch
 from kvq_core.arguments import AttentionCall
 from kvq_core.mla import MLALayout
 from kvq_core.mla_arguments import check_append_mla, check_gather_mla, check_mla_attention
-from kvq_torch._interop import array_spec, known_spec, optional_spec
+from kvq_torch._interop import array_keys, array_spec, optional_spec
 from kvq_torch._library import _backend, _check_devices, _is_static, _register
 
 _SCHEMAS = {
@@ -30,7 +30,7 @@ _layout = functools.cache(MLALayout.from_fingerprint)
 
 def _append_mla_(pages, k_scale, kv_c, k_pe, slot_mapping, layout, impl):
     _check_devices(pages, k_scale=k_scale, kv_c=kv_c, k_pe=k_pe, slot_mapping=slot_mapping)
-    backend, mla_layout = _backend(impl, pages.device), _layout(layout)
+    backend, mla_layout = _backend(impl, pages), _layout(layout)
     check_append_mla(mla_layout, *map(array_spec, (pages, kv_c, k_pe, slot_mapping)))
     rows = kv_c[:, None], k_pe[:, None]
     backend.append_kv_(mla_layout.records, pages, k_scale, k_scale, *rows, slot_mapping)
@@ -38,7 +38,7 @@ def _append_mla_(pages, k_scale, kv_c, k_pe, slot_mapping, layout, impl):
 
 def _gather_mla(pages, k_scale, page_table, seq_lens, layout, impl):
     _check_devices(pages, k_scale=k_scale, page_table=page_table, seq_lens=seq_lens)
-    backend, mla_layout = _backend(impl, pages.device), _layout(layout)
+    backend, mla_layout = _backend(impl, pages), _layout(layout)
     check_gather_mla(mla_layout, *map(array_spec, (pages, page_table, seq_lens)))
     sides = backend.gather_kv(mla_layout.records, pages, k_scale, k_scale, page_table, seq_lens, torch.float32)
     return tuple(side.squeeze(2) for side in sides)
@@ -46,17 +46,9 @@ def _gather_mla(pages, k_scale, page_table, seq_lens, layout, impl):
 
 def _mla_attention(q, pages, k_scale, page_table, seq_lens, cu_seqlens_q, max_seqlen_q, sm_scale, causal, layout, impl):
     _check_devices(pages, k_scale=k_scale, q=q, page_table=page_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q)
-    call = AttentionCall(
-        known_spec(q),
-        known_spec(pages),
-        known_spec(page_table),
-        known_spec(seq_lens),
-        cu_seqlens_q=None if cu_seqlens_q is None else known_spec(cu_seqlens_q),
-        max_seqlen_q=max_seqlen_q,
-        sm_scale=sm_scale,
-        causal=causal,
-    )
-    backend = _backend(impl, pages.device)
+    keys = array_keys(q, pages, page_table, seq_lens, cu_seqlens_q, None, None)
+    call = keys, (max_seqlen_q, sm_scale, causal)
+    backend = _backend(impl, pages)
     return backend.mla_attention(_layout(layout), call, q, pages, k_scale, page_table, seq_lens, cu_seqlens_q)
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import operator
+import math
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,11 @@ from triton import knobs
 from triton.runtime import driver
 
 from kvq_core import kernels
-from kvq_core.arguments import AttentionCall
 from kvq_core.layout import CacheLayout
 from kvq_core.mla import MLALayout
 from kvq_core.plan import (
+    AppendPlan,
+    AttentionPlan,
     LaunchPlan,
     Output,
     plan_append_kv,
@@ -25,7 +25,17 @@ from kvq_core.plan import (
     plan_mla_attention,
     plan_paged_attention,
 )
-from kvq_torch._interop import device_facts, dtype_name, known_spec, torch_dtype
+from kvq_core.plan.launch import cached
+from kvq_torch._interop import (
+    ArrayKeys,
+    CallKey,
+    array_keys,
+    device_facts,
+    dtype_name,
+    keyed_call,
+    keyed_specs,
+    torch_dtype,
+)
 
 
 def append_kv_(
@@ -38,12 +48,12 @@ def append_kv_(
     slot_mapping: torch.Tensor,
 ) -> None:
     """See `kvq_torch.append_kv_`."""
-    specs = known_spec(pages), known_spec(k), known_spec(v), known_spec(slot_mapping)
-    plan = plan_append_kv(layout, *specs, device_facts(pages.device))
-    if plan is None:
+    launchers = _append_launchers(layout, array_keys(pages, k, v, slot_mapping), pages.device)
+    if launchers is None:
         return
-    winners = slot_mapping if plan.claim is None else launch(plan.claim, slot_mapping)[0]
-    launch(plan.append, k, v, slot_mapping, winners, k_scale, v_scale, pages)
+    claim, append = launchers
+    winners = slot_mapping if claim is None else claim(slot_mapping)[0]
+    append(k, v, slot_mapping, winners, k_scale, v_scale, pages)
 
 
 def gather_kv(
@@ -56,24 +66,23 @@ def gather_kv(
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, ...]:
     """See `kvq_torch.gather_kv`."""
-    specs = known_spec(pages), known_spec(page_table), known_spec(seq_lens)
-    plan = plan_gather_kv(layout, *specs, dtype_name(dtype), device_facts(pages.device))
-    if plan is None:
+    gather = _gather_launcher(layout, array_keys(pages, page_table, seq_lens), dtype, pages.device)
+    if gather is None:
         size = (page_table.shape[0], page_table.shape[1] * layout.page_size, pages.shape[layout.head_axis])
         return tuple(pages.new_zeros((*size, dim), dtype=dtype) for dim in (layout.head_dim, layout.head_dim_v))
-    return launch(plan, pages, k_scale, v_scale, page_table, seq_lens)
+    return gather(pages, k_scale, v_scale, page_table, seq_lens)
 
 
 def copy_pages_(pages: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> None:
     """See `kvq_torch.copy_pages_`."""
-    plan = plan_copy_pages(known_spec(pages), known_spec(src), known_spec(dst), device_facts(pages.device))
-    if plan is not None:
-        launch(plan, src, dst, pages)
+    copy = _copy_launcher(array_keys(pages, src, dst), pages.device)
+    if copy is not None:
+        copy(src, dst, pages)
 
 
 def paged_attention(
     layout: CacheLayout,
-    call: AttentionCall,
+    call: CallKey,
     q: torch.Tensor,
     pages: torch.Tensor,
     k_scale: torch.Tensor,
@@ -85,23 +94,22 @@ def paged_attention(
     alibi_slopes: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     """See `kvq_torch.paged_attention`; always returns out and lse."""
-    plan = plan_paged_attention(layout, call, device_facts(q.device))
-    if plan is None:
+    launchers = _attention_launchers(layout, call, q.device)
+    if launchers is None:
         out = q.new_zeros((*q.shape[:2], layout.head_dim_v))
         return out, q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
     # A kernel takes every operand; the plan's constexprs say which of them it reads.
     sinks = k_scale if sinks is None else sinks
     alibi_slopes = k_scale if alibi_slopes is None else alibi_slopes
     cu_seqlens_q = seq_lens if cu_seqlens_q is None else cu_seqlens_q
-    results = launch(plan.attend, q, pages, k_scale, v_scale, sinks, alibi_slopes, page_table, seq_lens, cu_seqlens_q)
-    if plan.merge is None:
-        return results
-    return launch(plan.merge, *results, sinks, seq_lens, cu_seqlens_q)
+    attend, merge = launchers
+    results = attend(q, pages, k_scale, v_scale, sinks, alibi_slopes, page_table, seq_lens, cu_seqlens_q)
+    return results if merge is None else merge(*results, sinks, seq_lens, cu_seqlens_q)
 
 
 def mla_attention(
     layout: MLALayout,
-    call: AttentionCall,
+    call: CallKey,
     q: torch.Tensor,
     pages: torch.Tensor,
     k_scale: torch.Tensor,
@@ -110,27 +118,60 @@ def mla_attention(
     cu_seqlens_q: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     """See `kvq_torch.mla_attention`; always returns out and lse."""
-    plan = plan_mla_attention(layout, call, device_facts(q.device))
-    if plan is None:
+    launchers = _mla_launchers(layout, call, q.device)
+    if launchers is None:
         out = q.new_zeros((*q.shape[:2], layout.kv_lora_rank))
         return out, q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
     cu_seqlens_q = seq_lens if cu_seqlens_q is None else cu_seqlens_q
-    results = launch(plan.attend, q, pages, k_scale, page_table, seq_lens, cu_seqlens_q)
-    if plan.merge is None:
-        return results
-    return launch(plan.merge, *results, k_scale, seq_lens, cu_seqlens_q)
+    attend, merge = launchers
+    results = attend(q, pages, k_scale, page_table, seq_lens, cu_seqlens_q)
+    return results if merge is None else merge(*results, k_scale, seq_lens, cu_seqlens_q)
 
 
 def launch(plan: LaunchPlan, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Run the kernel of ``plan`` and return its outputs; those with an alias are the input they were written to."""
-    device = inputs[0].device
-    if device.type == "cuda" and device.index == torch.cuda.current_device():
-        return _launcher(plan, device)(inputs)
-    with _launching_on(device):
-        return _launcher(plan, device)(inputs)
+    return _launcher(plan, inputs[0].device)(*inputs)
 
 
-@functools.lru_cache(maxsize=4096)
+@cached
+def _append_launchers(
+    layout: CacheLayout, keys: ArrayKeys, device: torch.device
+) -> tuple[_Launcher | None, _Launcher] | None:
+    return _launchers(plan_append_kv(layout, *keyed_specs(keys), device_facts(device)), device)
+
+
+@cached
+def _gather_launcher(
+    layout: CacheLayout, keys: ArrayKeys, dtype: torch.dtype, device: torch.device
+) -> _Launcher | None:
+    plan = plan_gather_kv(layout, *keyed_specs(keys), dtype_name(dtype), device_facts(device))
+    return None if plan is None else _launcher(plan, device)
+
+
+@cached
+def _copy_launcher(keys: ArrayKeys, device: torch.device) -> _Launcher | None:
+    plan = plan_copy_pages(*keyed_specs(keys), device_facts(device))
+    return None if plan is None else _launcher(plan, device)
+
+
+@cached
+def _attention_launchers(
+    layout: CacheLayout, call: CallKey, device: torch.device
+) -> tuple[_Launcher, _Launcher | None] | None:
+    return _launchers(plan_paged_attention(layout, keyed_call(call), device_facts(device)), device)
+
+
+@cached
+def _mla_launchers(layout: MLALayout, call: CallKey, device: torch.device) -> tuple[_Launcher, _Launcher | None] | None:
+    return _launchers(plan_mla_attention(layout, keyed_call(call), device_facts(device)), device)
+
+
+def _launchers(plan: AppendPlan | AttentionPlan | None, device: torch.device) -> Any:
+    """A launcher in the place of each launch of ``plan``."""
+    return None if plan is None else tuple(None if part is None else _launcher(part, device) for part in plan)
+
+
+@cached
 def _launcher(plan: LaunchPlan, device: torch.device) -> _Launcher:
     return _Launcher(plan, device)
 
@@ -150,13 +191,20 @@ class _Launcher:
         self._constexprs = [value for _, value in plan.constexprs]
         self._compiled: Any = None  # for operands that are multiples of 16 bytes: others take another kernel
 
-    def __call__(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        index = self._device.index
+        if index is not None and index == torch.cuda.current_device():
+            return self._launch(inputs)
+        with _launching_on(self._device):
+            return self._launch(inputs)
+
+    def _launch(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         plan, compiled = self._plan, self._compiled
         # Lists, because generators are slow.
         new_or_alias = [inputs[like] if isinstance(like, int) else torch.empty_like(like) for like in self._outputs]
         outputs = tuple(new_or_alias)
         addresses = [tensor.data_ptr() for tensor in inputs]
-        is_aligned = functools.reduce(operator.or_, addresses) % 16 == 0
+        is_aligned = math.gcd(16, *addresses) == 16
         if compiled is None or not is_aligned or _has_launch_hooks():
             compiled = _compile_and_launch(plan, (*inputs, *plan.scalars, *outputs))
             self._compiled = compiled if is_aligned else self._compiled

@@ -10,7 +10,7 @@ from kvq_core.mla import MLALayout
 from kvq_core.mla_arguments import check_kind
 from kvq_torch import _mla_library
 from kvq_torch.cache import KVCache
-from kvq_torch.ops import _INTEGER, _NUMBER, _check_optional, _check_tensors
+from kvq_torch.ops import _INTEGER, _NUMBER, _STRING, _TENSOR, _check_optional, _check_tensors
 
 
 def append_mla_(
@@ -32,7 +32,7 @@ def append_mla_(
     """
     check_kind(cache.layout, MLALayout)
     _check_tensors(kv_c=kv_c, k_pe=k_pe, slot_mapping=slot_mapping)
-    _check_optional("impl", impl, (str,))
+    _check_optional("impl", impl, _STRING)
     _mla_library.append_mla_op(cache.pages, cache.k_scale, kv_c, k_pe, slot_mapping, cache.fingerprint, impl)
 
 
@@ -56,7 +56,7 @@ def gather_mla(
     """
     check_kind(cache.layout, MLALayout)
     _check_tensors(page_table=page_table, seq_lens=seq_lens)
-    _check_optional("impl", impl, (str,))
+    _check_optional("impl", impl, _STRING)
     return _mla_library.gather_mla_op(cache.pages, cache.k_scale, page_table, seq_lens, cache.fingerprint, impl)
 
 
@@ -100,14 +100,14 @@ def mla_attention(
     """
     check_kind(cache.layout, MLALayout)
     _check_tensors(q=q, page_table=page_table, seq_lens=seq_lens)
-    _check_optional("cu_seqlens_q", cu_seqlens_q, (torch.Tensor,))
+    _check_optional("cu_seqlens_q", cu_seqlens_q, _TENSOR)
     _check_optional("max_seqlen_q", max_seqlen_q, _INTEGER)
     if sm_scale is None:
         raise TypeError("expected sm_scale to be a Python number; got None")
     _check_optional("sm_scale", sm_scale, _NUMBER)
     if not isinstance(causal, bool):
         raise TypeError(f"expected causal to be True or False; got {causal!r}")
-    _check_optional("impl", impl, (str,))
+    _check_optional("impl", impl, _STRING)
     arrays = q, cache.pages, cache.k_scale, page_table, seq_lens, cu_seqlens_q
     out, lse = _mla_library.mla_attention_op(*arrays, max_seqlen_q, sm_scale, causal, cache.fingerprint, impl)
     return (out, lse) if return_lse else out

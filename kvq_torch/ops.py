@@ -14,11 +14,13 @@ from kvq_torch.cache import KVCache
 
 _INTEGER = (int, np.integer, torch.SymInt)
 _NUMBER = (float, np.floating, *_INTEGER)
+_TENSOR = (torch.Tensor,)
+_STRING = (str,)
 _KINDS = {
     _INTEGER: "a Python integer",
     _NUMBER: "a Python number",
-    (torch.Tensor,): "a torch.Tensor",
-    (str,): "a string",
+    _TENSOR: "a torch.Tensor",
+    _STRING: "a string",
 }
 
 
@@ -43,7 +45,7 @@ def append_kv_(
     """
     check_kind(cache.layout, CacheLayout)
     _check_tensors(k=k, v=v, slot_mapping=slot_mapping)
-    _check_optional("impl", impl, (str,))
+    _check_optional("impl", impl, _STRING)
     _library.append_kv_op(cache.pages, cache.k_scale, cache.v_scale, k, v, slot_mapping, cache.fingerprint, impl)
 
 
@@ -75,7 +77,7 @@ def gather_kv(
     _check_tensors(page_table=page_table, seq_lens=seq_lens)
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"expected dtype to be a torch.dtype; got {dtype!r}")
-    _check_optional("impl", impl, (str,))
+    _check_optional("impl", impl, _STRING)
     return _library.gather_kv_op(
         cache.pages, cache.k_scale, cache.v_scale, page_table, seq_lens, dtype, cache.fingerprint, impl
     )
@@ -96,7 +98,7 @@ def copy_pages_(cache: KVCache, src: torch.Tensor, dst: torch.Tensor, *, impl: s
         TypeError, ValueError, NotImplementedError: see `append_kv_`.
     """
     _check_tensors(src=src, dst=dst)
-    _check_optional("impl", impl, (str,))
+    _check_optional("impl", impl, _STRING)
     _library.copy_pages_op(cache.pages, src, dst, impl)
 
 
@@ -158,15 +160,17 @@ def paged_attention(
     """
     check_kind(cache.layout, CacheLayout)
     _check_tensors(q=q, page_table=page_table, seq_lens=seq_lens)
-    for name, tensor in (("cu_seqlens_q", cu_seqlens_q), ("sinks", sinks), ("alibi_slopes", alibi_slopes)):
-        _check_optional(name, tensor, (torch.Tensor,))
-    for name, count in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k), ("window", window)):
-        _check_optional(name, count, _INTEGER)
-    for name, number in (("sm_scale", sm_scale), ("softcap", softcap)):
-        _check_optional(name, number, _NUMBER)
+    _check_optional("cu_seqlens_q", cu_seqlens_q, _TENSOR)
+    _check_optional("sinks", sinks, _TENSOR)
+    _check_optional("alibi_slopes", alibi_slopes, _TENSOR)
+    _check_optional("max_seqlen_q", max_seqlen_q, _INTEGER)
+    _check_optional("max_seqlen_k", max_seqlen_k, _INTEGER)
+    _check_optional("window", window, _INTEGER)
+    _check_optional("sm_scale", sm_scale, _NUMBER)
+    _check_optional("softcap", softcap, _NUMBER)
+    _check_optional("impl", impl, _STRING)
     if not isinstance(causal, bool):
         raise TypeError(f"expected causal to be True or False; got {causal!r}")
-    _check_optional("impl", impl, (str,))
     arrays = q, cache.pages, cache.k_scale, cache.v_scale, page_table, seq_lens, cu_seqlens_q
     numbers = max_seqlen_q, max_seqlen_k, sm_scale, causal, window, softcap
     out, lse = _library.paged_attention_op(*arrays, *numbers, sinks, alibi_slopes, cache.fingerprint, impl)

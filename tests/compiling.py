@@ -6,10 +6,11 @@ kernels that keeps the arguments of every launch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import subprocess
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -25,7 +26,7 @@ from kvq_core import CacheLayout, MLALayout, kernels
 from kvq_core.arguments import AttentionCall
 from kvq_core.plan import DeviceFacts, LibraryPlan, plan_library_attention
 from kvq_torch import _triton
-from kvq_torch._interop import array_spec, optional_spec
+from kvq_torch._interop import array_keys, array_spec
 
 KIB = 1024
 
@@ -69,9 +70,23 @@ class KernelCall(NamedTuple):
 def record(target: Target, launch: Callable[[], Any]) -> list[KernelCall]:
     """Return what ``launch``, which calls `kvq_torch._triton`, would run on a GPU like ``target``."""
     recorder = _Recorder()
-    with mock.patch.multiple(_triton, kernels=recorder, device_facts=lambda _: target.device):
+    with mock.patch.multiple(_triton, kernels=recorder, device_facts=lambda _: target.device), _without_launchers():
         launch()
     return recorder.calls
+
+
+@contextlib.contextmanager
+def _without_launchers() -> Iterator[None]:
+    """A launcher is known by its device, so those of one target must not meet another, or the device at hand."""
+    names = "append_launchers", "gather_launcher", "copy_launcher", "attention_launchers", "mla_launchers"
+    caches = [getattr(_triton, f"_{name}") for name in names]
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        yield
+    finally:
+        for cache in caches:
+            cache.cache_clear()
 
 
 class _Recorder:
@@ -220,6 +235,9 @@ def copy(
     return lambda: _triton.copy_pages_(pages, _indices(num_pairs), _indices(num_pairs))
 
 
+_NUMBERS = {"sm_scale": None, "causal": True, "window": None, "softcap": None}
+
+
 def attention(
     cache: CacheLayout,
     num_seqs: int = 4,
@@ -240,9 +258,9 @@ def attention(
     pages = _pages(cache, num_pages, strides)
     table, lengths = _indices(num_seqs, max_pages), _indices(num_seqs)
     optional = None if queries is None else _indices(num_seqs + 1), sinks, alibi_slopes
-    specs = *map(array_spec, (q, pages, table, lengths)), *map(optional_spec, optional)
-    call = AttentionCall(*specs, max_seqlen_q=queries, **options)
-    return lambda: _triton.paged_attention(cache, call, q, pages, SCALE, SCALE, table, lengths, *optional)
+    keys = array_keys(q, pages, table, lengths, *optional)
+    numbers = queries, *(options.get(name, default) for name, default in _NUMBERS.items())
+    return lambda: _triton.paged_attention(cache, (keys, numbers), q, pages, SCALE, SCALE, table, lengths, *optional)
 
 
 def mla_layout(mode: str, kv_lora_rank: int = 512, **kwargs: Any) -> MLALayout:
@@ -266,8 +284,7 @@ def mla_attention(
     pages = _pages(cache, num_pages)
     table, lengths = _indices(num_seqs, max_pages), _indices(num_seqs)
     starts = None if queries is None else _indices(num_seqs + 1)
-    specs = *map(array_spec, (q, pages, table, lengths)), optional_spec(starts)
-    call = AttentionCall(*specs, max_seqlen_q=queries, sm_scale=0.1, causal=causal)
+    call = array_keys(q, pages, table, lengths, starts, None, None), (queries, 0.1, causal)
     return lambda: _triton.mla_attention(cache, call, q, pages, SCALE, table, lengths, starts)
 
 
