@@ -13,6 +13,7 @@ import zlib
 from types import ModuleType
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -127,7 +128,7 @@ def _call_triton(plan: LaunchPlan, device: DeviceFacts, inputs: tuple[jax.Array,
     aliases = {output.alias: i for i, output in enumerate(plan.outputs) if output.alias is not None}
     call = jax.ffi.ffi_call(_TARGET, _out_shape(plan), input_output_aliases=aliases, vmap_method="sequential")
     opaque = _kernel_call(plan, device, tuple(x.dtype.name for x in inputs))
-    return call(*vary_like(inputs, *inputs), name=plan.kernel, opaque=opaque)
+    return list(call(*vary_like(inputs, *inputs), name=plan.kernel, opaque=opaque))
 
 
 @functools.lru_cache(maxsize=4096)
