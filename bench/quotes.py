@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bench.cases import BF16, FP8, FP8_TENSOR, INT8
 from bench.report import Report, load, peer_name
-from bench.rows import FLASHINFER, JAX, KERNEL, LIBRARY, RATES, TORCH, Row, meets_bar, quantity, ratio
+from bench.rows import FLASHINFER, JAX, KERNEL, LIBRARY, PLAIN, RATES, TORCH, Row, meets_bar, quantity, ratio
 
 ROOT = Path(__file__).parents[1]
 RUN = ROOT / "bench/results/nvidia-h200.json"
@@ -65,7 +65,13 @@ def documents(run: Report) -> dict[str, tuple[str, ...]]:
     of = Figures(run)
     return {
         "README.md": (*_first_table(of), *_below_it(of), _count_of_missed_bars(of), *_missed(of), *_advice(of)),
-        "bench/README.md": (_count_of_missed_bars(of), *_where_time_goes(of), *_where_time_of_mla_goes(of)),
+        "bench/README.md": (
+            _count_of_missed_bars(of),
+            *_where_time_goes(of),
+            *_where_time_of_mla_goes(of),
+            *_jax_and_host(of),
+            *_prefill(of),
+        ),
         "kvq_core/advice.py": (_decode_us(of),),
     }
 
@@ -209,10 +215,34 @@ def _where_time_of_mla_goes(of: Figures) -> tuple[str, ...]:
     few, many = "mla 16 heads", "mla 128 heads"
     rates = " | ".join(f"{of.tflop_per_s(many, mode):.0f}" for mode in (BF16, FP8_TENSOR, FP8, INT8))
     return (
-        f"| the committed run, 16 heads | | {of.us(few, FP8_TENSOR):.1f} / {of.us(few, FP8):.1f} |",
+        f"| parts of whole tiles, the committed run, 16 heads | 932 | {of.us(few, FP8_TENSOR):.1f} / "
+        f"{of.us(few, FP8):.1f} |",
         f"The bytes alone take {of.us_of_bytes(few, FP8_TENSOR):.0f} and {of.us_of_bytes(few, FP8):.0f} us",
         f"int8 takes {of.us(few, INT8):.1f} us in the committed run",
         f"| the committed run, 128 heads | {rates} |",
+    )
+
+
+def _jax_and_host(of: Figures) -> tuple[str, ...]:
+    case, host = "8x32k", "append + attention"
+    over_torch = {mode: of.us(case, mode, JAX) / of.us(case, mode) for mode in (INT8, FP8)}
+    samples = of.row(case, FP8, JAX).timing
+    return (
+        f"through JAX is {over_torch[INT8]:.3f} of PyTorch's time from int8 and {over_torch[FP8]:.3f} from fp8, with "
+        f"samples of fp8 from {samples.min_us:.1f} to {samples.max_us:.1f} us",
+        f"In the committed run {of.us(host, INT8):.0f} us, where `torch.add` takes {of.us(host, 'float32', PLAIN):.1f} "
+        f"and FlashInfer's step {of.us(host, BF16, FLASHINFER):.0f},",
+    )
+
+
+def _prefill(of: Figures) -> tuple[str, ...]:
+    case, chunk = "prefill 8k D=128", "prefill 2k of 32k D=128"
+    dense = of.row(case, BF16, LIBRARY)
+    return (
+        f"of {of.us(case, INT8):.0f} us in the committed run, where cuDNN alone takes {dense.timing.median_us:.0f}, "
+        f"with samples from {dense.timing.min_us:.0f} to {dense.timing.max_us:.0f}",
+        f"merged: {of.over_peer(chunk, INT8):.2f} of FlashInfer's paged",
+        f"{of.tflop_per_s(case, INT8, KERNEL):.0f} TFLOP/s at 8k from int8, where cuDNN makes {dense.tflop_per_s:.0f}",
     )
 
 

@@ -86,7 +86,7 @@ class CacheLayout:
         _check_placement(self.scale_placement, self.row_order)
 
     def __hash__(self) -> int:
-        """Of one field, because every launch of an op looks a layout up, and few of a process share a mode."""
+        """Of one field, because every launch of an op looks a layout up, and few layouts of a process share a mode."""
         return hash(self.kv_cache_dtype)
 
     @property

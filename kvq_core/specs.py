@@ -112,7 +112,7 @@ class AttentionSpec:
     has_alibi: bool
     has_cu_seqlens: bool
     overlap: bool  # decode: the merge is launched early (programmatic dependent launch) and waits for its input
-    programs: int  # decode: programs a KV head and row block, which share its keys equally
+    programs: int  # decode: programs a KV head and row block, which share its keys
     part_stride: int  # decode: float32 numbers from the partial results of a KV head to those of the next
 
 

@@ -105,8 +105,11 @@ def optional_spec(x: jax.Array | None) -> ArraySpec | None:
     return None if x is None else array_spec(x)
 
 
-def vary_like(outputs: Any, *inputs: jax.Array) -> Any:
-    """Mark arrays as differing between devices wherever ``inputs`` do, which ``shard_map`` asks of loop carries."""
+def vary_like(arrays: Any, *inputs: jax.Array) -> Any:
+    """Mark arrays as differing between devices wherever ``inputs`` do.
+
+    ``shard_map`` asks this of loop carries, and of the inputs of one call.
+    """
 
     def axes_of(x: Any) -> frozenset[Any]:
         return jax.typeof(x).manual_axis_type.varying
@@ -117,4 +120,4 @@ def vary_like(outputs: Any, *inputs: jax.Array) -> Any:
         missing = tuple(axes - axes_of(x))
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
-    return jax.tree.map(vary, outputs)
+    return jax.tree.map(vary, arrays)

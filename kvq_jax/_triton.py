@@ -1,7 +1,7 @@
 """The ops through the Triton kernels of `kvq_core.kernels`: executes launch plans, decides nothing.
 
-On a GPU a plan runs through jax-triton. On a CPU, with ``TRITON_INTERPRET=1``, the same kernel runs through the Triton
-interpreter inside a callback.
+On a GPU jax-triton compiles a plan's kernel and jaxlib launches it. On a CPU, with ``TRITON_INTERPRET=1``, the same
+kernel runs through the Triton interpreter inside a callback.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from kvq_jax.cache import KVCache
 # Of jaxlib, which launches what jax-triton compiles. jax-triton itself calls the older "triton_kernel_call", which XLA
 # cannot record into a CUDA graph: a decode took about a microsecond longer.
 _TARGET = "triton_kernel_call_ffi"
+_VMAP = "sequential"  # one launch after another
 _ALIGNMENT = 16  # bytes, of every array: what jax-triton compiles for
 
 
@@ -126,8 +127,9 @@ def launch(plan: LaunchPlan, device: DeviceFacts, *inputs: jax.Array) -> list[ja
 
 def _call_triton(plan: LaunchPlan, device: DeviceFacts, inputs: tuple[jax.Array, ...]) -> list[jax.Array]:
     aliases = {output.alias: i for i, output in enumerate(plan.outputs) if output.alias is not None}
-    call = jax.ffi.ffi_call(_TARGET, _out_shape(plan), input_output_aliases=aliases, vmap_method="sequential")
+    call = jax.ffi.ffi_call(_TARGET, _out_shape(plan), input_output_aliases=aliases, vmap_method=_VMAP)
     opaque = _kernel_call(plan, device, tuple(x.dtype.name for x in inputs))
+    # Inside a shard_map an ffi_call wants inputs that vary alike; a page table may be the same on all devices.
     return list(call(*vary_like(inputs, *inputs), name=plan.kernel, opaque=opaque))
 
 
@@ -173,7 +175,7 @@ def _call_interpreter(plan: LaunchPlan, device: DeviceFacts, inputs: tuple[jax.A
     def run(*arrays: jax.Array) -> list[np.ndarray]:
         return interpret.run(plan, [np.asarray(x) for x in arrays])
 
-    return jax.pure_callback(run, _out_shape(plan), *inputs)
+    return jax.pure_callback(run, _out_shape(plan), *inputs, vmap_method=_VMAP)
 
 
 def _out_shape(plan: LaunchPlan) -> list[jax.ShapeDtypeStruct]:

@@ -85,18 +85,18 @@ def _paged_attention(
     check_count("max_seqlen_k", max_seqlen_k)
     cache_layout = _layout(layout)
     keys = array_keys(q, pages, page_table, seq_lens, cu_seqlens_q, sinks, alibi_slopes)
-    call = keys, (max_seqlen_q, sm_scale, causal, window, softcap)
+    call_key = keys, (max_seqlen_q, sm_scale, causal, window, softcap)
     arrays = q, pages, k_scale, v_scale, page_table, seq_lens
     if impl == "sdpa" or (impl is None and cu_seqlens_q is not None and not pages.is_cpu):
         _check_triton_runs_on(pages, impl or "triton")
         from kvq_torch import _sdpa
 
-        plan = _sdpa.plan(cache_layout, keyed_call(call), max_seqlen_k, pages.device, is_wanted=impl == "sdpa")
+        plan = _sdpa.plan(cache_layout, keyed_call(call_key), max_seqlen_k, pages.device, is_wanted=impl == "sdpa")
         if plan is not None:
             assert cu_seqlens_q is not None  # it needs them
             return _sdpa.paged_attention(plan, *arrays, cu_seqlens_q, sinks)
     backend = _backend(impl, pages)
-    return backend.paged_attention(cache_layout, call, *arrays, cu_seqlens_q, sinks, alibi_slopes)
+    return backend.paged_attention(cache_layout, call_key, *arrays, cu_seqlens_q, sinks, alibi_slopes)
 
 
 def _append_kv_fake(pages, k_scale, v_scale, k, v, slot_mapping, layout, impl):

@@ -47,9 +47,9 @@ def _gather_mla(pages, k_scale, page_table, seq_lens, layout, impl):
 def _mla_attention(q, pages, k_scale, page_table, seq_lens, cu_seqlens_q, max_seqlen_q, sm_scale, causal, layout, impl):
     _check_devices(pages, k_scale=k_scale, q=q, page_table=page_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q)
     keys = array_keys(q, pages, page_table, seq_lens, cu_seqlens_q, None, None)
-    call = keys, (max_seqlen_q, sm_scale, causal)
+    call_key = keys, (max_seqlen_q, sm_scale, causal)
     backend = _backend(impl, pages)
-    return backend.mla_attention(_layout(layout), call, q, pages, k_scale, page_table, seq_lens, cu_seqlens_q)
+    return backend.mla_attention(_layout(layout), call_key, q, pages, k_scale, page_table, seq_lens, cu_seqlens_q)
 
 
 def _append_mla_fake(pages, k_scale, kv_c, k_pe, slot_mapping, layout, impl):

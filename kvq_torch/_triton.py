@@ -82,7 +82,7 @@ def copy_pages_(pages: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> No
 
 def paged_attention(
     layout: CacheLayout,
-    call: CallKey,
+    call_key: CallKey,
     q: torch.Tensor,
     pages: torch.Tensor,
     k_scale: torch.Tensor,
@@ -94,7 +94,7 @@ def paged_attention(
     alibi_slopes: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     """See `kvq_torch.paged_attention`; always returns out and lse."""
-    launchers = _attention_launchers(layout, call, q.device)
+    launchers = _attention_launchers(layout, call_key, q.device)
     if launchers is None:
         out = q.new_zeros((*q.shape[:2], layout.head_dim_v))
         return out, q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
@@ -109,7 +109,7 @@ def paged_attention(
 
 def mla_attention(
     layout: MLALayout,
-    call: CallKey,
+    call_key: CallKey,
     q: torch.Tensor,
     pages: torch.Tensor,
     k_scale: torch.Tensor,
@@ -118,7 +118,7 @@ def mla_attention(
     cu_seqlens_q: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     """See `kvq_torch.mla_attention`; always returns out and lse."""
-    launchers = _mla_launchers(layout, call, q.device)
+    launchers = _mla_launchers(layout, call_key, q.device)
     if launchers is None:
         out = q.new_zeros((*q.shape[:2], layout.kv_lora_rank))
         return out, q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
@@ -156,14 +156,16 @@ def _copy_launcher(keys: ArrayKeys, device: torch.device) -> _Launcher | None:
 
 @cached
 def _attention_launchers(
-    layout: CacheLayout, call: CallKey, device: torch.device
+    layout: CacheLayout, call_key: CallKey, device: torch.device
 ) -> tuple[_Launcher, _Launcher | None] | None:
-    return _launchers(plan_paged_attention(layout, keyed_call(call), device_facts(device)), device)
+    return _launchers(plan_paged_attention(layout, keyed_call(call_key), device_facts(device)), device)
 
 
 @cached
-def _mla_launchers(layout: MLALayout, call: CallKey, device: torch.device) -> tuple[_Launcher, _Launcher | None] | None:
-    return _launchers(plan_mla_attention(layout, keyed_call(call), device_facts(device)), device)
+def _mla_launchers(
+    layout: MLALayout, call_key: CallKey, device: torch.device
+) -> tuple[_Launcher, _Launcher | None] | None:
+    return _launchers(plan_mla_attention(layout, keyed_call(call_key), device_facts(device)), device)
 
 
 def _launchers(plan: AppendPlan | AttentionPlan | None, device: torch.device) -> Any:

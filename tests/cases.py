@@ -215,7 +215,7 @@ def _attention_of_four_warps():
     ):
         tags = SWEEP if (i + j) % 2 else _callback_if(mode == FP8)
         yield AttentionCase(f"{kind}-rows-32-{mode}", layout_of(mode, 16, 1, 128), **kinds[kind], **SCALES, tags=tags)
-    for i, (dim, dim_v) in enumerate(((80, 80), (112, 96), (192, 128), (256, 256), (64, 128))):
+    for i, (dim, dim_v) in enumerate(((80, 80), (112, 96), (192, 128), (256, 256), (64, 128), (16, 128))):
         layout, kind = layout_of((INT8, FP8)[i % 2], (8, 64)[i % 2], 1, dim, dim_v), ("few", "decode")[i % 2]
         yield AttentionCase(f"{kind}-rows-32-dims-{dim}-{dim_v}", layout, **kinds[kind], tags=SWEEP)
     for kind, mode in zip(kinds, (INT8, FP8), strict=True):

@@ -45,7 +45,7 @@ TARGETS = {
     "sm_90": Target(GPUTarget("cuda", 90, 32), DeviceFacts("cuda", 90, 132), 227 * KIB),
     "sm_100": Target(GPUTarget("cuda", 100, 32), DeviceFacts("cuda", 100, 148), 227 * KIB),
     "sm_120": Target(GPUTarget("cuda", 120, 32), DeviceFacts("cuda", 120, 170), 99 * KIB),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), DeviceFacts("hip", 942, 304), 64 * KIB),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), DeviceFacts("hip", 94, 304), 64 * KIB),
 }
 
 _TRITON_TYPES = {
@@ -259,7 +259,7 @@ def attention(
     table, lengths = _indices(num_seqs, max_pages), _indices(num_seqs)
     optional = None if queries is None else _indices(num_seqs + 1), sinks, alibi_slopes
     keys = array_keys(q, pages, table, lengths, *optional)
-    numbers = queries, *(options.get(name, default) for name, default in _NUMBERS.items())
+    numbers = queries, *(_NUMBERS | options).values()  # one too many for a call, if a name is misspelt
     return lambda: _triton.paged_attention(cache, (keys, numbers), q, pages, SCALE, SCALE, table, lengths, *optional)
 
 

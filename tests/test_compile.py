@@ -110,6 +110,13 @@ def test_32_rows_of_8_bits_take_hoppers_own_dots(mode, head_dim):
     assert 2 * kernel.metadata.shared <= SM_90.shared_bytes  # two programs, eight warps, on a multiprocessor
 
 
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(16, 128), (32, 128), (256, 64)])
+def test_32_rows_compile_for_any_head_dims(head_dim, head_dim_v):
+    cache = layout("int8_per_token_head", head_dim, head_dim_v=head_dim_v, num_kv_heads=1)
+    call, *_ = record(SM_90, compiling.attention(cache, num_q_heads=32))
+    assert compiled(call, SM_90.gpu).metadata.shared <= SM_90.shared_bytes
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_append_divides_and_rounds_as_ieee_754(mode):
     """A contracted multiply-add would round once where the format rounds twice; an approximate quotient, wrongly."""

@@ -20,7 +20,7 @@ import pytest
 
 from kvq_core import CacheLayout, KVQuantMode, codec, reference
 from kvq_core.plan import DeviceFacts
-from kvq_jax import KVCache, _codec, append_kv, copy_pages, gather_kv, paged_attention
+from kvq_jax import KVCache, _codec, _triton, append_kv, copy_pages, gather_kv, paged_attention
 from kvq_jax._interop import target
 
 H200 = DeviceFacts("cuda", 90, 132)
@@ -277,6 +277,7 @@ def test_cuda_attention_lowers_without_a_host_read():
 def test_a_scalar_equal_to_one_does_not_compile_the_kernel_again():
     from jax_triton import triton_lib
 
+    _triton._kernel_call.cache_clear()
     cache = make_cache()
     compiled = []
     for num_tokens in (1, 2, 17):
@@ -433,6 +434,31 @@ def test_bad_arguments_raise_before_anything_is_written():
 def test_create_says_what_is_wrong(arguments, error):
     with pytest.raises((ValueError, TypeError), match=error):
         KVCache.create(INT8, **arguments)
+
+
+@pytest.mark.parametrize("impl", ["xla", pytest.param("triton", marks=pytest.mark.interpreter)])
+def test_vmap_is_one_call_after_another(impl):
+    table, lens = jnp.array([[2, 0]], jnp.int32), jnp.array([2], jnp.int32)
+    k, _ = make_rows(6)
+    q = jnp.asarray(np.random.default_rng(1).standard_normal((3, 1, 4, 16)), jnp.bfloat16)
+
+    def step(q, rows):
+        cache = append_kv(make_cache(), rows, rows, jnp.array([8, 9]), impl=impl)
+        return cache.pages, paged_attention(q, cache, table, lens, impl=impl)
+
+    rows = k.reshape(3, 2, *k.shape[1:])
+    together = jax.vmap(step)(q, rows)
+    for i in range(3):
+        for got, want in zip(together, step(q[i], rows[i]), strict=True):
+            np.testing.assert_array_equal(np.asarray(got[i]), np.asarray(want))
+
+
+def test_cuda_vmap_loops_over_one_kernel():
+    q, table, lens = jnp.zeros((3, 1, 4, 16), jnp.bfloat16), jnp.zeros((1, 2), jnp.int32), jnp.ones(1, jnp.int32)
+    cache = make_cache()
+    text = lower_for_cuda(jax.vmap(lambda q: paged_attention(q, cache, table, lens)), q)
+    assert text.count("@triton_kernel_call_ffi") == 2  # attend and merge
+    assert "stablehlo.while" in text
 
 
 @pytest.mark.interpreter

@@ -79,7 +79,7 @@ def test_every_time_and_rate_of_the_readme_is_a_quote():
     assert not re.findall(r".*\d\s(?:us|TB/s|TFLOP/s)\b.*", quotes.without(prose, QUOTES["README.md"]))
 
 
-def test_the_readme_names_what_misses_its_bar():
+def test_what_misses_its_bar_is_what_the_readme_lists():
     missed = {JAX if row.impl == JAX else row.case for row in quotes.Figures(RUN).missed}
     assert missed == {"mla 16 heads", "mla 128 heads", JAX, "append + attention"}
 

@@ -144,6 +144,7 @@ def jax_programs(monkeypatch):
         programs.append((result.name, result.binary))
         return result
 
+    _triton._kernel_call.cache_clear()
     monkeypatch.setattr(triton_lib, "_COMPILED_KERNEL_CACHE", {})
     monkeypatch.setattr(triton_lib, "compile_ttir_inplace", compile_and_keep)
     return programs

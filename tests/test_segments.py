@@ -1,4 +1,4 @@
-"""How the keys of a batch are shared out: every tile to one program, in parts as equal as whole tiles allow."""
+"""How the keys of a batch are shared out: every tile to one program, in parts of one size."""
 
 from __future__ import annotations
 

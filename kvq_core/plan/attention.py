@@ -158,10 +158,7 @@ def _decode_shape(
     code_bytes = max(records.k.code_bytes, records.v.code_bytes)
     row_blocks = math.ceil(queries * group / rows)
     dim = max(records.k.padded_dim, records.v.padded_dim)
-    # A group of four warps, for which Hopper has dots of its own: 55 us for 32 rows of one KV head where two warps took
-    # 60 (bench/results/tuning/9-mqa.txt). Wider codes would not fit into shared memory twice.
-    in_group = rows == 32 and 128 <= dim <= 256 and code_bytes == 1 and operands == ("float16", "float16")
-    in_group = in_group and (device.arch == 90 or device.backend == "interpreter")
+    in_group = _takes_group(records, rows, operands, device)
     num_warps = 4 if in_group else max(_FLOAT32_WARPS if "float32" in operands else 1, min(8, rows * dim // 2048))
     programs = device.num_sms * max(1, _DECODE_WARPS_PER_SM // num_warps)
     return AttentionShape(
@@ -174,6 +171,16 @@ def _decode_shape(
         num_stages=5 if in_group else 2 if code_bytes == 1 and num_warps == 1 else 3,
         programs=max(1, programs // (records.num_kv_heads * row_blocks)),
     )
+
+
+def _takes_group(records: RecordSpec, rows: int, operands: _Operands, device: DeviceFacts) -> bool:
+    """Whether four warps attend together: 55 us for 32 rows of one KV head where two took 60 (bench log 9).
+
+    Codes of 16 bits would not fit into shared memory twice, and the pairs of a dot of K take 32 columns.
+    """
+    has_codes = records.k.code_bytes == records.v.code_bytes == 1 and operands == ("float16", "float16")
+    fits = records.k.padded_dim >= 32 and 128 <= max(records.k.padded_dim, records.v.padded_dim) <= 256
+    return device.has_group_dots and rows == 32 and has_codes and fits
 
 
 def _prefill_shape(records: RecordSpec, group: int, rows: int, operands: _Operands) -> AttentionShape:

@@ -41,6 +41,11 @@ class DeviceFacts:
         return self.backend == "cuda" and self.arch >= 90
 
     @property
+    def has_group_dots(self) -> bool:
+        """Whether groups of four warps have dots of their own (wgmma). The interpreter shows the same path."""
+        return (self.backend == "cuda" and self.arch == 90) or self.backend == "interpreter"
+
+    @property
     def shared_bytes(self) -> int:
         """The most shared memory of a program."""
         if self.backend == "interpreter":

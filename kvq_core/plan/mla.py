@@ -146,7 +146,7 @@ def _most_rows(operands: _Operands, device: DeviceFacts) -> int:
     """Rows of a program: the 64 of Hopper's dots where they, and the state that they need, exist."""
     if operands.latent == "float32":
         return _FLOAT32_ROWS
-    return _MANY_ROWS if device.arch == 90 or device.backend == "interpreter" else 32
+    return _MANY_ROWS if device.has_group_dots else 32
 
 
 def _fit(shape: _Shape, layout: MLALayout, operands: _Operands, device: DeviceFacts) -> _Shape:
