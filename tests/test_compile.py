@@ -65,7 +65,7 @@ def test_every_kernel_compiles_for_hopper_in_every_mode(mode, kernel):
     assert kernel.asm["cubin"]
 
 
-@pytest.mark.parametrize("mode", ["bfloat16", "fp8_per_token_head", "int8_per_token_head"])
+@pytest.mark.parametrize("mode", ["bfloat16", MIXED_SCALES])
 @pytest.mark.parametrize("name", [name for name in TARGETS if name != "sm_90"])
 def test_every_kernel_compiles_for_every_gpu(name, mode):
     target = TARGETS[name]
@@ -77,8 +77,8 @@ def test_every_kernel_compiles_for_every_gpu(name, mode):
         assert kernel.metadata.shared <= target.shared_bytes
 
 
-@pytest.mark.parametrize("name", TARGETS)
-def test_every_kernel_compiles_for_every_gpu_over_row_containers(name):
+@pytest.mark.parametrize("name", ["sm_80", "sm_90", "gfx942"])
+def test_every_kernel_compiles_over_row_containers(name):
     target = TARGETS[name]
     calls = calls_of(target, MIXED_SCALES, 80, **ROWS)
     assert sorted(calls) == sorted(KERNELS)
