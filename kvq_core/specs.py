@@ -101,7 +101,7 @@ class AttentionSpec:
     fold_v_scales: bool  # V row scales enter the softmax as exponents; else they multiply the probabilities
     k_parts: int  # dots that K is multiplied in: 2 for pairs of 8-bit codes, else 1
     v_parts: int  # dots that V is multiplied in: 2 for pairs of 8-bit codes or halves of a latent, else 1
-    late_sums: bool  # probabilities are summed per thread, and across threads only at the end
+    late_sums: bool  # probabilities are summed per thread, and across threads only at the end; MLA never asks
     p_shift: float  # probabilities are held times 2**p_shift, so that float16 does not underflow
     normalize_q: bool  # divide q rows by a power of two near their absmax (bfloat16 q in float16 operands)
     sm_scale: float

@@ -78,7 +78,7 @@ def find_sequence(tile, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity, S: t
 def part_tiles(total, S: tl.constexpr):
     """Tiles of a part: as few as programs allow, rounded up by less than a 16th.
 
-    So parts of long sequences of one length begin where the sequences do, and no program has two segments.
+    So parts of long sequences of one round length begin where they do, and there no program has two segments.
     """
     tiles = tl.maximum(tl.cdiv(total, S.programs), 1)
     step = tl.where(tiles >= 32, 2, 1)
