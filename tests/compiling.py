@@ -21,6 +21,7 @@ import triton.backends.nvidia
 from triton._C.libtriton import ir, nvidia, passes
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from kvq_core import CacheLayout, MLALayout, kernels
 from kvq_core.arguments import AttentionCall
@@ -153,7 +154,8 @@ def _source(call: KernelCall) -> ASTSource:
     function = getattr(kernels, call.kernel)
     types = dict(zip(function.arg_names, call.types, strict=False))
     pointers = [i for i, name in enumerate(call.types) if name.startswith("*")]
-    return ASTSource(
+    source = GluonASTSource if function.is_gluon() else ASTSource
+    return source(
         function,
         signature=types | {name: "constexpr" for name, _ in call.constexprs},
         constexprs=dict(call.constexprs),

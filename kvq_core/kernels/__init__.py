@@ -9,6 +9,7 @@ from kvq_core.kernels.decode import attend_segments as attend_segments
 from kvq_core.kernels.decode import merge_segments as merge_segments
 from kvq_core.kernels.gather import copy_pages as copy_pages
 from kvq_core.kernels.gather import gather_kv as gather_kv
+from kvq_core.kernels.groups import attend_mla_groups as attend_mla_groups
 from kvq_core.kernels.mla import attend_mla_queries as attend_mla_queries
 from kvq_core.kernels.mla import attend_mla_segments as attend_mla_segments
 from kvq_core.kernels.prefill import attend_queries as attend_queries

@@ -31,7 +31,7 @@ def keys_of(seq, mask, seq_lens_ptr, cu_seqlens_q_ptr, capacity, S: tl.constexpr
     _, num_queries = queries_of(seq, mask, cu_seqlens_q_ptr, S)
     seq_len = tl.load(seq_lens_ptr + seq, mask=mask, other=0)
     end = tl.where(num_queries > 0, tl.maximum(tl.minimum(seq_len, capacity), 0), 0)
-    start = tl.zeros_like(end)
+    start = end * 0  # zeros_like: callers in Gluon would have to name a layout
     if S.window > 0:
         start = tl.maximum(seq_len - num_queries - S.window + 1, 0) // S.tile * S.tile
         start = tl.minimum(start, end)

@@ -46,6 +46,11 @@ class DeviceFacts:
         return (self.backend == "cuda" and self.arch == 90) or self.backend == "interpreter"
 
     @property
+    def has_task_groups(self) -> bool:
+        """Whether groups of four warps can have tasks of their own, with dots (wgmma) and registers to match."""
+        return self.backend == "cuda" and self.arch == 90
+
+    @property
     def shared_bytes(self) -> int:
         """The most shared memory of a program."""
         if self.backend == "interpreter":

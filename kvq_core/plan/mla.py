@@ -27,6 +27,9 @@ _WARPS_PER_SM = 8  # what fits: each thread uses most of the 255 registers it ca
 _MANY_ROWS = 64
 _FLOAT32_ROWS = 16
 _FLOAT32_WARPS = 4
+# kvq_core.kernels.groups: keys of a tile, and of one tile for each of two consumers.
+_GROUPS_KEYS = 64
+_GROUPS_TILE = 2 * _GROUPS_KEYS
 
 
 @cached
@@ -46,8 +49,12 @@ def plan_mla_attention(layout: MLALayout, call: AttentionCall, device: DeviceFac
     num_heads = q.shape[1]
     queries = _few_queries(call.cu_seqlens_q, call.max_seqlen_q, num_heads)
     operands = _operands(layout, q.dtype, device)
-    shape = _fit(_shape(layout, queries, num_heads, operands, device), layout, operands, device)
+    shape = _shape(layout, queries, num_heads, operands, device)
     records = _record_spec(layout, pages, device, least_dim=64 if shape.rows == _MANY_ROWS else 16)
+    if _takes_groups(shape, records, device):
+        shape = shape._replace(kernel="attend_mla_groups", tile=_GROUPS_TILE, num_warps=4, num_stages=1)
+    else:
+        shape = _fit(shape, layout, operands, device)
     spec = AttentionSpec(
         records=records,
         num_q_heads=num_heads,
@@ -88,6 +95,7 @@ class _Operands(NamedTuple):
 
 
 class _Shape(NamedTuple):
+    kernel: str
     rows: int
     row_blocks: int
     queries: int
@@ -131,6 +139,7 @@ def _shape(layout: MLALayout, queries: int | None, num_heads: int, operands: _Op
     row_blocks = math.ceil(all_rows / rows)
     programs = device.num_sms * max(1, _WARPS_PER_SM // num_warps)
     return _Shape(
+        kernel="attend_mla_queries" if queries is None else "attend_mla_segments",
         rows=rows,
         row_blocks=row_blocks,
         queries=max(1, rows // num_heads) if queries is None else queries,
@@ -147,6 +156,20 @@ def _most_rows(operands: _Operands, device: DeviceFacts) -> int:
     if operands.latent == "float32":
         return _FLOAT32_ROWS
     return _MANY_ROWS if device.has_group_dots else 32
+
+
+def _takes_groups(shape: _Shape, records: RecordSpec, device: DeviceFacts) -> bool:
+    """Whether `kvq_core.kernels.groups` decodes this: the shapes of DeepSeek's models, in pages of whole tiles."""
+    rope, latent = records.k, records.v
+    return (
+        device.has_task_groups
+        and shape.kernel == "attend_mla_segments"
+        and (shape.rows, shape.queries) == (_MANY_ROWS, 1)
+        and (latent.head_dim, rope.head_dim) == (512, 64)
+        and records.page_size % _GROUPS_KEYS == 0
+        and math.gcd(latent.align, rope.align) % 16 == 0
+        and not latent.is_wide
+    )
 
 
 def _fit(shape: _Shape, layout: MLALayout, operands: _Operands, device: DeviceFacts) -> _Shape:
@@ -194,7 +217,7 @@ def _plan_segments(
 ) -> AttentionPlan:
     num_segments = page_table.shape[0] + spec.programs
     attend = LaunchPlan(
-        kernel="attend_mla_segments",
+        kernel=shape.kernel,
         grid=(spec.programs * spec.row_blocks, 1, 1),
         scalars=_attend_scalars(spec, q, page_table, pages),
         outputs=(Output((num_segments, 1, spec.part_stride), "float32"),),
@@ -211,7 +234,7 @@ def _plan_queries(
 ) -> AttentionPlan:
     num_tiles = math.ceil(q.shape[0] / spec.queries) + page_table.shape[0] + 1
     attend = LaunchPlan(
-        kernel="attend_mla_queries",
+        kernel=shape.kernel,
         grid=(num_tiles * spec.row_blocks, 1, 1),
         scalars=_attend_scalars(spec, q, page_table, pages),
         outputs=_attention_outputs(q, spec.records.v.head_dim),
