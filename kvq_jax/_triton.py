@@ -11,6 +11,7 @@ import importlib
 import os
 import zlib
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.core
@@ -139,19 +140,34 @@ def _kernel_call(plan: LaunchPlan, device: DeviceFacts, dtypes: tuple[str, ...])
     from kvq_core import kernels
 
     library = _jax_triton().triton_lib
-    is_cuda = device.backend == "cuda"
     inputs, outputs = (
         [library.get_triton_type(jax.core.ShapedArray((), jnp.dtype(dtype))) for dtype in names]
         for names in (dtypes, (output.dtype for output in plan.outputs))
     )
     scalars = [library.get_triton_type(scalar) for scalar in plan.scalars]
+    function = getattr(kernels, plan.kernel)
+    compile_ = _compile_gluon if function.is_gluon() else _compile
+    kernel = compile_(function, plan, device, inputs, scalars, outputs)
+    lib = library.triton_kernel_call_lib
+    array = lib.create_array_parameter(0, _ALIGNMENT)
+    values = [lib.create_scalar_parameter(*scalar) for scalar in zip(plan.scalars, scalars, strict=True)]
+    parameters = [array] * len(inputs) + values + [array] * len(outputs)
+    return zlib.compress(lib.TritonKernelCall(kernel, *plan.grid, parameters).to_proto(plan.kernel, b""))
+
+
+def _compile(
+    function: Any, plan: LaunchPlan, device: DeviceFacts, inputs: list[str], scalars: list[str], outputs: list[str]
+) -> Any:
+    """The kernel of ``plan`` for operands of Triton's types, as jaxlib takes it."""
+    library = _jax_triton().triton_lib
+    is_cuda = device.backend == "cuda"
     # Any value but 1, which jax-triton would fold into the program: it would compile the kernel once more, and its PTX
     # would differ from PyTorch's, where these scalars are never specialised.
     unknown = [(i, dtype, 0) for i, dtype in enumerate(scalars, start=len(inputs))]
     kernel, _ = library.get_or_create_triton_kernel(
         library.get_cuda_backend if is_cuda else library.get_hip_backend,
         "cuda" if is_cuda else "rocm",
-        getattr(kernels, plan.kernel),
+        function,
         [*inputs, *scalars, *outputs],
         unknown,
         num_warps=plan.num_warps,
@@ -162,11 +178,36 @@ def _kernel_call(plan: LaunchPlan, device: DeviceFacts, dtypes: tuple[str, ...])
         metaparams=dict(plan.constexprs),
         dump=False,
     )
-    lib = library.triton_kernel_call_lib
-    array = lib.create_array_parameter(0, _ALIGNMENT)
-    values = [lib.create_scalar_parameter(*scalar) for scalar in zip(plan.scalars, scalars, strict=True)]
-    parameters = [array] * len(inputs) + values + [array] * len(outputs)
-    return zlib.compress(lib.TritonKernelCall(kernel, *plan.grid, parameters).to_proto(plan.kernel, b""))
+    return kernel
+
+
+def _compile_gluon(
+    function: Any, plan: LaunchPlan, device: DeviceFacts, inputs: list[str], scalars: list[str], outputs: list[str]
+) -> Any:
+    """`_compile` for a kernel in Gluon, which jax-triton does not know."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    types = [*inputs, *scalars, *outputs]
+    constexprs = dict(plan.constexprs)
+    source = GluonASTSource(
+        function,
+        signature=dict(zip(function.arg_names, types, strict=False)) | dict.fromkeys(constexprs, "constexpr"),
+        constexprs=constexprs,
+        attrs={(i,): [["tt.divisibility", _ALIGNMENT]] for i, name in enumerate(types) if name.startswith("*")},
+    )
+    options = {
+        "num_warps": plan.num_warps,
+        "num_stages": plan.num_stages,
+        "enable_fp_fusion": plan.enable_fp_fusion,
+    }
+    compiled = triton.compile(source, target=GPUTarget(device.backend, device.arch, 32), options=options)
+    facts = compiled.metadata
+    lib = _jax_triton().triton_lib.triton_kernel_call_lib
+    return lib.TritonKernel(
+        facts.name, facts.num_warps, facts.num_ctas, facts.shared, compiled.asm["ptx"], "", device.arch
+    )
 
 
 def _call_interpreter(plan: LaunchPlan, device: DeviceFacts, inputs: tuple[jax.Array, ...]) -> list[jax.Array]:

@@ -208,16 +208,15 @@ class JaxBackend:
 NUMPY = NumpyBackend()
 IN_PROCESS = (TorchBackend("torch-eager", "eager", "cpu"), JaxBackend("jax-xla", "xla"))
 INTERPRETED = (TorchBackend("torch-interpreter", "triton", "cpu"), JaxBackend("jax-interpreter", "triton"))
-ON_GPU = (
-    TorchBackend("torch-triton", "triton", "cuda"),
-    JaxBackend("jax-triton", "triton"),
-    TorchBackend("torch-eager-gpu", "eager", "cuda"),
-)
+COMPILED = (TorchBackend("torch-triton", "triton", "cuda"), JaxBackend("jax-triton", "triton"))
+ON_GPU = (*COMPILED, TorchBackend("torch-eager-gpu", "eager", "cuda"))
 ALL = (*IN_PROCESS, *INTERPRETED, *ON_GPU)
 
 
 def takes_on(backend: Backend, case: Any) -> bool:
     """Whether the conformance tests run ``case`` on ``backend``; see `tests.cases` for the tags."""
+    if "gpu" in case.tags:
+        return backend in COMPILED
     if backend in INTERPRETED:
         one_of_each = backend.name == "torch-interpreter" or "callback" in case.tags
         return one_of_each and not case.tags & {"large", "sweep"}

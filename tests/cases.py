@@ -4,7 +4,7 @@ Cases that share a layout and options share compiled kernels, so a new case shou
 before it varies shapes. Tags: a "large" case takes the interpreter too long; a "callback" case also goes through the
 interpreter in a JAX callback, where the kernels are those of the others and only the launcher is new. A "sweep" case
 crosses what others cover one by one: compiled kernels and eager torch take it, the interpreter and XLA (which compiles
-each shape for a second) do not.
+each shape for a second) do not. A "gpu" case shows a kernel that exists compiled only.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ ROW_ORDERS = ("HND", "NHD")
 ROW_POOLS = ("shared", "padded", "gaps", "transposed", "head-major")
 ROW_MODES = (INT8, FP8, MIXED_PAIR, "bfloat16/int8_per_token_head", "fp8_e4m3/float32")
 ROW_SHAPES = ((1, 128), (5, 80), (16, 64))  # page sizes, head dims
-CALLBACK, LARGE, SWEEP = frozenset({"callback"}), frozenset({"large"}), frozenset({"sweep"})
+CALLBACK, LARGE, SWEEP, GPU = (frozenset({tag}) for tag in ("callback", "large", "sweep", "gpu"))
 
 
 def layout_of(

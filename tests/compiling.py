@@ -177,6 +177,7 @@ def resources(kernel: CompiledKernel, directory: Path, arch: str) -> Resources:
     ptxas = Path(triton.backends.nvidia.__file__).parent / "bin" / "ptxas"
     command = [str(ptxas), "-v", f"--gpu-name={arch}", str(directory / "kernel.ptx"), "-o", str(directory / "cubin")]
     report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    assert "wgmma.mma_async instructions are serialized" not in report, report
     counts = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", report, re.DOTALL)
     assert counts, report
     stores, loads, registers = map(int, counts.groups())

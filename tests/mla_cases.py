@@ -7,7 +7,7 @@ import itertools
 from kvq_core import MLALayout
 from kvq_core.mla import MLA_MODES
 from tests.case_types import AppendCase, AttentionCase, GatherCase
-from tests.cases import BOTH, CALLBACK, FP8, HUGE, INT8, KINDS, LARGE, MIXED, PREFILL, TINY, _thinned
+from tests.cases import BOTH, CALLBACK, FP8, GPU, HUGE, INT8, KINDS, LARGE, MIXED, PREFILL, TINY, _thinned
 
 SCALE = {"k_scale": 0.37, "v_scale": 0.37}  # one for both parts, of the per-tensor mode
 PAGE_SIZES = (1, 5, 24, 64)
@@ -122,6 +122,31 @@ def _calls():
         yield attention(f"long-prefill-{mode}", layout_of(mode, 64, 512, 64), 16, **long)
 
 
+def _groups():
+    """What `kvq_core.kernels.groups` decodes: tiles of 64 keys, two at a time; ends on every side of them."""
+    ends = tuple((1, length) for length in (0, 1, 63, 64, 65, 127, 128, 129, 0, 300))
+    calls = {
+        "ends": {"seqs": ends},
+        "wide-pages": {"page": 128, "heads": 200, "seqs": ends[3:]},
+        "few-heads": {"heads": 33, "k_exponents": MIXED, "v_exponents": MIXED, "sm_scale": 1e-5},
+        "q-mixed": {"q_exponents": MIXED, "sm_scale": 1e-5},
+        "latent-huge": {"k_exponents": HUGE, "sm_scale": 1e-5},
+        "many-parts": {"seqs": ((1, 4000), (1, 31), (1, 2500))},
+        "many-sequences": {"heads": 40, "seqs": tuple((1, 3 * i % 11 * 6) for i in range(150))},
+        "no-query": {"seqs": ((1, 70), (0, 200), (1, 0), (0, 0), (1, 140)), "ragged": True, "max_seqlen_q": 1},
+        "negative-scale": {"sm_scale": -0.1},
+        "strides": {"strides": "odd", "pool": "shared"},
+        "past-the-table": {"spare_columns": -1},
+    }
+    calls |= {damage: {"damage": (damage,)} for damage in ("nan_k", "nan_v", "foreign", "negative")}
+    for mode, (name, call) in itertools.product(MLA_MODES, calls.items()):
+        options = {"heads": 64, "seqs": ((1, 200), (1, 90), (1, 17)), **call}
+        layout = layout_of(mode, options.pop("page", 64), 512, 64)
+        yield attention(f"groups-{name}-{mode}", layout, **options, tags=GPU)
+    float16 = {"heads": 128, "q_dtype": "float16", "seqs": ends}
+    yield attention("groups-q-float16", layout_of("fp8_e4m3", 64, 512, 64), **float16, tags=GPU)
+
+
 APPEND_CASES = tuple(_append_cases())
 GATHER_CASES = tuple(_gather_cases())
 ATTENTION_CASES = (
@@ -130,4 +155,5 @@ ATTENTION_CASES = (
     *_thinned(_amplitudes()),
     *_thinned(_traps()),
     *_calls(),
+    *_groups(),
 )

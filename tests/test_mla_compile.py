@@ -67,3 +67,37 @@ def test_many_heads_take_the_latent_from_one_tile_and_share_the_scores(mode):
     loops = 2  # where all rows see all keys, and where not
     assert len(scores) == loops * (512 // 16 + 64 // 16)
     assert len(values) == loops * 64 // 16
+
+
+def groups_calls(target, mode, num_heads=MANY_HEADS, queries=None, **layout):
+    """The kernels of a decode from pages that hold whole tiles."""
+    cache = mla_layout(mode, **{"page_size": 64} | layout)
+    return [
+        call.kernel for call in record(target, compiling.mla_attention(cache, queries=queries, num_heads=num_heads))
+    ]
+
+
+def test_task_groups_decode_many_heads_from_whole_tiles_on_hopper():
+    assert groups_calls(SM_90, "bfloat16") == ["attend_mla_groups", "merge_segments"]
+    assert groups_calls(SM_90, "fp8_e4m3", 33, page_size=128)[0] == "attend_mla_groups"
+    assert groups_calls(SM_90, "fp8_e4m3", 32)[0] == "attend_mla_segments"
+    assert groups_calls(SM_90, "fp8_e4m3", page_size=32)[0] == "attend_mla_segments"
+    assert groups_calls(SM_90, "fp8_e4m3", page_size=96)[0] == "attend_mla_segments"
+    assert groups_calls(SM_90, "fp8_e4m3", kv_lora_rank=256)[0] == "attend_mla_segments"
+    assert groups_calls(SM_90, "fp8_e4m3", queries=2)[0] == "attend_mla_segments"
+    assert groups_calls(TARGETS["sm_100"], "fp8_e4m3")[0] == "attend_mla_segments"
+
+
+@pytest.mark.parametrize("mode", MLA_MODES)
+def test_task_groups_fit_and_keep_tensor_cores_going(mode, tmp_path):
+    """Accumulators in registers, dots that overlap, and each consumer's scores and values of one tile and the other."""
+    cache = mla_layout(mode, page_size=64)
+    kernel = compiled(record(SM_90, compiling.mla_attention(cache, num_heads=MANY_HEADS))[0], SM_90.gpu)
+    assert kernel.metadata.shared <= SM_90.shared_bytes
+    assert kernel.metadata.num_warps == 12
+    used = resources(kernel, tmp_path, "sm_90a")
+    assert max(used.spill_stores, used.spill_loads) <= 160, used
+    opcodes = instructions(kernel.asm["ptx"])
+    consumers = 2
+    assert sum("m64n64k16" in opcode for opcode in opcodes) == consumers * (512 + 64) // 16
+    assert sum("m64n256k16" in opcode for opcode in opcodes) == consumers * 2 * 64 // 16

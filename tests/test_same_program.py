@@ -135,18 +135,17 @@ def lowered(
 
 @pytest.fixture
 def jax_programs(monkeypatch):
-    """The (kernel, PTX) pairs that jax-triton compiles during the test, in order."""
+    """The (kernel, PTX) pairs that the JAX path compiles during the test, in order."""
     triton_lib = _triton._jax_triton().triton_lib
-    programs, compile_ttir = [], triton_lib.compile_ttir_inplace
+    programs, kernel = [], triton_lib.triton_kernel_call_lib.TritonKernel
 
-    def compile_and_keep(*args):
-        result = compile_ttir(*args)
-        programs.append((result.name, result.binary))
-        return result
+    def keep(name, num_warps, num_ctas, shared_bytes, ptx, *rest):
+        programs.append((name, ptx))
+        return kernel(name, num_warps, num_ctas, shared_bytes, ptx, *rest)
 
     _triton._kernel_call.cache_clear()
     monkeypatch.setattr(triton_lib, "_COMPILED_KERNEL_CACHE", {})
-    monkeypatch.setattr(triton_lib, "compile_ttir_inplace", compile_and_keep)
+    monkeypatch.setattr(triton_lib.triton_kernel_call_lib, "TritonKernel", keep)
     return programs
 
 
@@ -184,6 +183,13 @@ def test_attention_is_the_same_program(mode, queries, jax_programs):
 def test_mla_attention_is_the_same_program(mode, queries, num_heads, jax_programs):
     cache = compiling.mla_layout(mode, 64)
     assert_same_programs(mla_call(cache, queries=queries, num_heads=num_heads), cache, jax_programs)
+
+
+@pytest.mark.parametrize("mode", ["bfloat16", "int8_per_token_head"])
+def test_mla_attention_of_task_groups_is_the_same_program(mode, jax_programs):
+    cache = compiling.mla_layout(mode, page_size=64)
+    assert_same_programs(mla_call(cache, num_heads=128), cache, jax_programs)
+    assert jax_programs[0][0] == "attend_mla_groups"
 
 
 @pytest.mark.parametrize("row_order", ["HND", "NHD"])

@@ -6,15 +6,18 @@ Gluon, Triton's lower level, a program here is
 - a producer, which brings tiles of 64 keys into shared memory, 8-bit codes decoded to 16 bits;
 - two consumers. Consumer 0 takes the even tiles: scores, softmax, probabilities; consumer 1 the odd ones. Each adds up
   its half of the output's columns, over all tiles in their order: its own tile with probabilities from registers, the
-  other's with those that the other published in shared memory, next to the maximum and the sum of the rows so far.
+  other's with those that the other published in shared memory, next to the maximum of the rows so far and what that
+  scales older sums by.
 
-While one consumer is at its exponentials, the other keeps the tensor cores busy. A stage of shared memory belongs to the
-tiles of one consumer. Its halves, the columns below 256 and those above, are filled and freed one by one: consumer 0 is
-the last that reads the lower half, consumer 1 the upper. The order of consumers follows FlashMLA's "seesaw" schedule.
+While one consumer is at its exponentials, the other keeps the tensor cores busy. A stage of shared memory belongs to
+the tiles of one consumer. Its halves, the columns below 256 and those above, are filled and freed one by one: consumer
+0 is the last that reads the lower half, consumer 1 the upper. That two groups share out the columns and alternate tiles
+is the "seesaw" schedule of FlashMLA.
 
 Arithmetic, masks and segments are those of `kvq_core.kernels.latent` and `kvq_core.kernels.mla`.
 """
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -44,9 +47,7 @@ SCORE_ROWS = gl.constexpr(gl.SliceLayout(1, SCORES.value))
 SCORE_KEYS = gl.constexpr(gl.SliceLayout(0, SCORES.value))
 
 
-@gluon.jit(
-    do_not_specialize=["num_q_tokens", "num_seqs", "num_pages", "max_pages", "q_stride_token", "q_stride_head"]
-)
+@gluon.jit(do_not_specialize=["num_q_tokens", "num_seqs", "num_pages", "max_pages", "q_stride_token", "q_stride_head"])
 def attend_mla_groups(
     q_ptr,  # [num_q_tokens, num_heads, 576] bfloat16 or float16
     pages_ptr,  # uint8 [num_pages, 1, record_bytes]
@@ -68,6 +69,8 @@ def attend_mla_groups(
     block = pid % S.row_blocks
     program = (pid // S.row_blocks).to(gl.int64)
     capacity = max_pages * S.records.page_size
+    if S.overlap:
+        tl.extra.cuda.gdc_launch_dependents()
     lengths = (seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity)
     total = _total_tiles(lengths, S)
     tile = part_start(program, total, S)
@@ -90,7 +93,7 @@ def attend_mla_groups(
     )
     rope_bufs = gl.allocate_shared_memory(ROPE_OPERAND, [2, KEYS, ROPE], SHARED)
     p_buf = gl.allocate_shared_memory(OPERAND, [ROWS, KEYS], SHARED)
-    stats = gl.allocate_shared_memory(gl.float32, [4, ROWS], VECTOR)  # of each consumer: maximum, sum
+    stats = gl.allocate_shared_memory(gl.float32, [4, ROWS], VECTOR)  # of each consumer: maximum, what scales old sums
     scale_bufs = stats
     if S.records.v.per_token_head:
         scale_bufs = gl.allocate_shared_memory(gl.float32, [6, KEYS], VECTOR)  # of a stage: scale, log2, inverse
@@ -101,6 +104,7 @@ def attend_mla_groups(
     empty = gl.allocate_shared_memory(gl.int64, [4, 1], LAYOUT)  # 2 * stage + half
     published = gl.allocate_shared_memory(gl.int64, [2, 1], LAYOUT)  # of a consumer
     q_state = gl.allocate_shared_memory(gl.int64, [2, 1], LAYOUT)  # ready, empty
+    finished = gl.allocate_shared_memory(gl.int64, [1], LAYOUT)  # all tiles of a segment, by both consumers
     COPIES: gl.constexpr = 128  # every thread of the producer reports its asynchronous copies
     for i in gl.static_range(4):
         mbarrier.init(ready.index(i), count=1 if IS_CODED else COPIES)
@@ -109,14 +113,15 @@ def attend_mla_groups(
         mbarrier.init(ready.index(4 + i), count=1 if S.records.k.code_bytes == 1 else COPIES)
         mbarrier.init(published.index(i), count=1)
         mbarrier.init(q_state.index(i), count=1 + i)
+    mbarrier.init(finished, count=2)
     fence_async_shared()
-    barriers = (ready, empty, published, q_state)
+    barriers = (ready, empty, published, q_state, finished)
 
     walk = (seq, tile, first_tile, last_tile, lengths, num_q_tokens)
     queries = (q_ptr, q_stride_token, q_stride_head, block, k_scale_ptr)
     pool = (pages_ptr, page_table_ptr, num_pages, max_pages)
     result = (partial_ptr, program, block, k_scale_ptr)
-    REGISTERS: gl.constexpr = 200  # of the 512 that a thread of each of four warps can have; 104 are left to the producer
+    REGISTERS: gl.constexpr = 208  # of the 512 that the threads of three groups share; 88 are left to the producer
     gl.warp_specialize(
         [
             (_produce, (bufs, barriers, walk, queries, pool, S)),
@@ -193,7 +198,7 @@ def _row_is_valid(seq, row, lengths, num_q_tokens, S: gl.constexpr):
 def _consume(bufs, barriers, walk, result, W: gl.constexpr, S: gl.constexpr):
     """Consumer ``W``: scores of the tiles of stage W, and columns W * HALF.. of the output."""
     _, _, _, _, stats, _ = bufs
-    _, _, _, q_state = barriers
+    _, _, _, q_state, finished = barriers
     seq, tile, first_tile, last_tile, lengths, num_q_tokens = walk
     pairs_done = tile.to(gl.int32) * 0
     segments_done = pairs_done
@@ -210,14 +215,20 @@ def _consume(bufs, barriers, walk, result, W: gl.constexpr, S: gl.constexpr):
                 turn = pairs_done + i
                 left = end - (start + i * S.tile + W * KEYS)
                 if W == 1:
-                    acc, m, l = _add_others(acc, m, bufs, barriers, turn, W, S)
+                    acc, m, l = _add_others(acc, l, bufs, barriers, turn, W, S)
                 s = _start_scores(bufs, barriers, turn, W, S)
                 s = warpgroup_mma_wait(0, deps=[s])
-                p, alpha, m, l = _softmax(s, m, l, factor, left, bufs, W, S)
-                _publish(p, m, l, bufs, barriers, W)
+                p, alpha, m = _softmax(s, m, factor, left, bufs, W, S)
+                _publish(p, m, alpha, bufs, barriers, W)
                 acc = _add_own(acc, p, alpha, bufs, barriers, W)
+                l = l * alpha + _sum_rows(p, bufs, W, S)
                 if W == 0:
-                    acc, m, l = _add_others(acc, m, bufs, barriers, turn, W, S)
+                    acc, m, l = _add_others(acc, l, bufs, barriers, turn, W, S)
+            # Each has summed up its own tiles. Nobody reads the first two statistics of this segment any more.
+            stats.index(W).store(l)
+            mbarrier.arrive(finished, count=1)
+            mbarrier.wait(finished, segments_done & 1)
+            l += stats.index(1 - W).load(SCORE_ROWS)
             mbarrier.arrive(q_state.index(1), count=1)
             _store_part(acc, m, l, result, seq, lengths, num_q_tokens, W, S)
             pairs_done += pairs
@@ -231,7 +242,7 @@ def _consume(bufs, barriers, walk, result, W: gl.constexpr, S: gl.constexpr):
 def _start_scores(bufs, barriers, turn, W: gl.constexpr, S: gl.constexpr):
     """Start the dots [ROWS, KEYS] of q with the keys of stage W, those of the latent times its row scales."""
     q_bufs, k_bufs, rope_bufs, _, _, scale_bufs = bufs
-    ready, _, _, _ = barriers
+    ready, _, _, _, _ = barriers
     phase = turn & 1
     zero = turn >> 30  # always, but the compiler does not know, and keeps no descriptors in registers
     s = gl.zeros([ROWS, KEYS], gl.float32, SCORES)
@@ -251,10 +262,10 @@ def _start_scores(bufs, barriers, turn, W: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(s, m, l, factor, left, bufs, W: gl.constexpr, S: gl.constexpr):
+def _softmax(s, m, factor, left, bufs, W: gl.constexpr, S: gl.constexpr):
     """One step of the online softmax over a tile of which ``left`` keys exist.
 
-    Returns probabilities (times their row scales), what scales the old sums, the new maximum and the new sum.
+    Returns probabilities (times their row scales), what scales the old sums, and the new maximum.
     """
     _, _, _, _, _, scale_bufs = bufs
     x = s * factor[:, None]
@@ -263,28 +274,25 @@ def _softmax(s, m, l, factor, left, bufs, W: gl.constexpr, S: gl.constexpr):
     if left < KEYS:
         x = gl.where((gl.arange(0, KEYS, layout=SCORE_KEYS) < left)[None, :], x, float("-inf"))
     m_new = gl.maximum(m, gl.max(x, 1))
-    m_safe = _finite(m_new)
-    p = gl.exp2(x - (m_safe - S.p_shift)[:, None])
+    m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)
+    return gl.exp2(x - (m_safe - S.p_shift)[:, None]), gl.exp2(m - m_safe), m_new
+
+
+@gluon.jit
+def _sum_rows(p, bufs, W: gl.constexpr, S: gl.constexpr):
+    _, _, _, _, _, scale_bufs = bufs
     if S.records.v.per_token_head:
-        w = p * scale_bufs.index(3 * W + 2).load(SCORE_KEYS)[None, :]
-    else:
-        w = p
-    alpha = gl.exp2(m - m_safe)
-    return p, alpha, m_new, l * alpha + gl.sum(w, 1)
+        p = p * scale_bufs.index(3 * W + 2).load(SCORE_KEYS)[None, :]
+    return gl.sum(p, 1)
 
 
 @gluon.jit
-def _finite(m):
-    return gl.where(m == float("-inf"), 0.0, m)
-
-
-@gluon.jit
-def _publish(p, m, l, bufs, barriers, W: gl.constexpr):
+def _publish(p, m, alpha, bufs, barriers, W: gl.constexpr):
     _, _, _, p_buf, stats, _ = bufs
-    _, _, published, _ = barriers
+    _, _, published, _, _ = barriers
     p_buf.store(p.to(p_buf.dtype))  # who writes probabilities has read the other's before
     stats.index(2 * W).store(m)
-    stats.index(2 * W + 1).store(l)
+    stats.index(2 * W + 1).store(alpha)
     fence_async_shared()
     mbarrier.arrive(published.index(W), count=1)
 
@@ -293,7 +301,7 @@ def _publish(p, m, l, bufs, barriers, W: gl.constexpr):
 def _add_own(acc, p, alpha, bufs, barriers, W: gl.constexpr):
     """Add one's own tile, and free the half of its stage that belongs to these columns."""
     _, k_bufs, _, _, _, _ = bufs
-    _, empty, _, _ = barriers
+    _, empty, _, _, _ = barriers
     acc = _scale_rows(acc, alpha)
     operand = gl.convert_layout(p.to(k_bufs[0].dtype), gl.DotOperandLayout(0, SUMS, 2), assert_trivial=True)
     acc = warpgroup_mma(operand, k_bufs[W].index(W), acc, is_async=True)
@@ -303,23 +311,23 @@ def _add_own(acc, p, alpha, bufs, barriers, W: gl.constexpr):
 
 
 @gluon.jit
-def _add_others(acc, m, bufs, barriers, turn, W: gl.constexpr, S: gl.constexpr):
-    """Add the other consumer's tile: the new sums, and the maximum and sum of the rows up to it."""
+def _add_others(acc, l, bufs, barriers, turn, W: gl.constexpr, S: gl.constexpr):
+    """Add the other consumer's tile: the new sums, the maximum of the rows up to it, and one's own sums of rows."""
     _, k_bufs, _, p_buf, stats, _ = bufs
-    ready, empty, published, _ = barriers
+    ready, empty, published, _, _ = barriers
     OTHER: gl.constexpr = 1 - W
     phase = turn & 1
     mbarrier.wait(published.index(OTHER), phase)
     if S.records.v.code_bytes != 1:
         mbarrier.wait(ready.index(2 * OTHER + W), phase)  # complete already: copies must be visible here too
         fence_async_shared()
-    m_new = stats.index(2 * OTHER).load(SCORE_ROWS)
-    l = stats.index(2 * OTHER + 1).load(SCORE_ROWS)
-    acc = _scale_rows(acc, gl.exp2(m - _finite(m_new)))
+    m = stats.index(2 * OTHER).load(SCORE_ROWS)
+    alpha = stats.index(2 * OTHER + 1).load(SCORE_ROWS)
+    acc = _scale_rows(acc, alpha)
     acc = warpgroup_mma(p_buf, k_bufs[W].index(OTHER), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(empty.index(2 * OTHER + W), count=1)
-    return acc, m_new, l
+    return acc, m, l * alpha
 
 
 @gluon.jit
@@ -404,7 +412,7 @@ def _load_query_columns(q_rows, row_mask, FIRST: gl.constexpr):
 def _store_queries(bufs, barriers, queries, seq, lengths, num_q_tokens, phase, S: gl.constexpr):
     """Rows of q as operands, and what turns their dots into scores in units of log2."""
     q_bufs, _, _, _, stats, _ = bufs
-    _, _, _, q_state = barriers
+    _, _, _, q_state, _ = barriers
     q_ptr, q_stride_token, q_stride_head, block, k_scale_ptr = queries
     L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     row = block * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
@@ -424,8 +432,6 @@ def _store_queries(bufs, barriers, queries, seq, lengths, num_q_tokens, phase, S
         exponent = gl.minimum(gl.maximum(largest >> 23, 15), 253)
         inverse = ((268 - exponent) << 23).to(gl.float32, bitcast=True)
         factor = factor * ((exponent - 14) << 23).to(gl.float32, bitcast=True)
-    else:
-        inverse = factor
     if S.records.v.per_tensor:
         factor = factor * gl.load(k_scale_ptr)
     mbarrier.wait(q_state.index(1), phase ^ 1)
@@ -449,7 +455,7 @@ def _largest_bits(x):
 
 
 @gluon.jit
-def _copy_rope(rope_bufs, ready, table, record, offset, left, in_pool, W: gl.constexpr, S: gl.constexpr):
+def _copy_rope(rope_bufs, ready, table, record, offset, in_pool, W: gl.constexpr, S: gl.constexpr):
     """Start copying rope rows in bfloat16. Those of a page that does not exist are NaN."""
     SIDE: gl.constexpr = S.records.k
     L: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
@@ -459,7 +465,7 @@ def _copy_rope(rope_bufs, ready, table, record, offset, left, in_pool, W: gl.con
     first = (record + (SIDE.codes + offset * SIDE.slot_stride)) // 4
     base = table[0].to(gl.pointer_type(gl.int32), bitcast=True) + gl.multiple_of(first, 4)
     ptrs = base + (row[:, None] * (SIDE.slot_stride // 4) + column[None, :])
-    async_copy.async_copy_global_to_shared(words, ptrs, mask=((row < left) & in_pool)[:, None])
+    async_copy.async_copy_global_to_shared(words, ptrs, mask=in_pool)
     if not in_pool:
         async_copy.commit_group()
         async_copy.wait_group(0)
@@ -471,7 +477,7 @@ def _copy_rope(rope_bufs, ready, table, record, offset, left, in_pool, W: gl.con
 def _copy_tiles(bufs, barriers, table, start, end, pairs, pairs_done, S: gl.constexpr):
     """bfloat16: asynchronous copies, 16 bytes a thread."""
     _, k_bufs, rope_bufs, _, _, _ = bufs
-    ready, empty, _, _ = barriers
+    ready, empty, _, _, _ = barriers
     SIDE: gl.constexpr = S.records.v
     L: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
     row = gl.arange(0, KEYS, layout=gl.SliceLayout(1, L))
@@ -494,12 +500,12 @@ def _copy_tiles(bufs, barriers, table, start, end, pairs, pairs_done, S: gl.cons
                     k_bufs[half].index(W), ptrs + half * HALF, mask=(row < left)[:, None]
                 )
                 async_copy.mbarrier_arrive(ready.index(2 * W + half), increment_count=False)
-            _copy_rope(rope_bufs, ready, table, record, offset, left, in_pool, W, S)
+            _copy_rope(rope_bufs, ready, table, record, offset, in_pool, W, S)
 
 
 @gluon.jit
-def _load_codes(pages_ptr, record, offset, left, CHUNK: gl.constexpr, S: gl.constexpr):
-    """Codes of some rows of one half of the columns, as words of four: [rows, 64]. Rows past the keys are 0."""
+def _load_codes(pages_ptr, record, offset, CHUNK: gl.constexpr, S: gl.constexpr):
+    """Codes of some rows of one half of the columns, as words of four: [rows, 64]."""
     SIDE: gl.constexpr = S.records.v
     PER_HALF: gl.constexpr = CHUNKS // 2
     COUNT: gl.constexpr = KEYS // PER_HALF
@@ -511,7 +517,7 @@ def _load_codes(pages_ptr, record, offset, left, CHUNK: gl.constexpr, S: gl.cons
     ptrs = pages_ptr.to(gl.pointer_type(gl.int32), bitcast=True) + base
     ptrs = ptrs + (row[:, None] * (SIDE.slot_stride // 4) + column[None, :])
     ptrs = ptrs + (FIRST * (SIDE.slot_stride // 4) + CHUNK // PER_HALF * (HALF // 4))
-    return gl.load(ptrs, mask=(row < left - FIRST)[:, None], other=0)
+    return gl.load(ptrs)
 
 
 @gluon.jit
@@ -556,13 +562,25 @@ def _decode(words, MODE: gl.constexpr):
 
 
 @gluon.jit
+def _clear_rows(words, left):
+    """Clear what is not of a key: it would be multiplied by a probability of 0, but may be NaN."""
+    L: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
+    COUNT: gl.constexpr = 8
+    if left < KEYS:
+        for i in gl.static_range(KEYS // COUNT):
+            rows = words.slice(i * COUNT, COUNT, 0)
+            row = i * COUNT + gl.arange(0, COUNT, layout=gl.SliceLayout(1, L))
+            rows.store(gl.where((row < left)[:, None], rows.load(L), 0))
+
+
+@gluon.jit
 def _decode_tiles(bufs, barriers, table, start, end, pairs, pairs_done, S: gl.constexpr):
     """8 bits: chunks of codes wait in registers, DEPTH at a time, are decoded and stored as soon as there is room.
 
     Everything moves in words of 32 bits: a single byte would take a whole register.
     """
     _, k_bufs, rope_bufs, _, _, scale_bufs = bufs
-    ready, empty, _, _ = barriers
+    ready, empty, _, _, _ = barriers
     pages_ptr, _, _, _ = table
     R: gl.constexpr = S.records
     MODE: gl.constexpr = R.v.mode  # of the rope part too, where that has 8 bits
@@ -580,15 +598,17 @@ def _decode_tiles(bufs, barriers, table, start, end, pairs, pairs_done, S: gl.co
     rope_row = gl.arange(0, KEYS, layout=gl.SliceLayout(1, L_ROPE))
     rope_column = gl.arange(0, ROPE // 4, layout=gl.SliceLayout(0, L_ROPE))
     record, offset, in_pool = _find_tile(_load_page_id(table, start, S), table, start, S)
+    next_page = _load_page_id(table, start + KEYS, S)
     pending = ()
     for i in gl.static_range(DEPTH):
-        pending = pending + (_load_codes(pages_ptr, record, offset, end - start, i, S),)
+        pending = pending + (_load_codes(pages_ptr, record, offset, i, S),)
     for pair in range(pairs):
         phase = (pairs_done + pair) & 1
         for W in gl.static_range(2):
             first = start + pair * S.tile + W * KEYS
             left = end - first
-            next_page = _load_page_id(table, first + KEYS, S)
+            page = next_page
+            next_page = _load_page_id(table, first + 2 * KEYS, S)
             if R.v.per_token_head:
                 scale_ptr = pages_ptr.to(gl.pointer_type(gl.float32), bitcast=True) + record // 4
                 row = R.v.scales // 4 + (offset + token) * (R.v.scale_slot_stride // 4)
@@ -598,21 +618,23 @@ def _decode_tiles(bufs, barriers, table, start, end, pairs, pairs_done, S: gl.co
                 if i % PER_HALF == 0:
                     mbarrier.wait(empty.index(2 * W + i // PER_HALF), phase ^ 1)
                 if i == 0:
-                    next_record, next_offset, next_in_pool = _find_tile(next_page, table, first + KEYS, S)
+                    next_record, next_offset, next_in_pool = _find_tile(page, table, first + KEYS, S)
                     if R.k.code_bytes != 1:
-                        _copy_rope(rope_bufs, ready, table, record, offset, left, in_pool, W, S)
+                        _copy_rope(rope_bufs, ready, table, record, offset, in_pool, W, S)
                 if i == PER_HALF and R.k.code_bytes == 1:
                     base = gl.multiple_of((record + (R.k.codes + offset * R.k.slot_stride)) // 4, 4)
                     ptrs = pages_ptr.to(gl.pointer_type(gl.int32), bitcast=True) + base
                     ptrs = ptrs + (rope_row[:, None] * (R.k.slot_stride // 4) + rope_column[None, :])
-                    rope = gl.load(ptrs, mask=(rope_row < left)[:, None], other=0)
+                    rope = gl.load(ptrs)
                 rows = words[i // PER_HALF].index(W).slice(i % PER_HALF * COUNT, COUNT, 0)
                 rows.store(_decode(pending[0], MODE))
                 if i + DEPTH < CHUNKS:
-                    codes = _load_codes(pages_ptr, record, offset, left, i + DEPTH, S)
+                    codes = _load_codes(pages_ptr, record, offset, i + DEPTH, S)
                 else:
-                    codes = _load_codes(pages_ptr, next_record, next_offset, left - KEYS, i + DEPTH - CHUNKS, S)
+                    codes = _load_codes(pages_ptr, next_record, next_offset, i + DEPTH - CHUNKS, S)
                 pending = pending[1:] + (codes,)
+                if i % PER_HALF == PER_HALF - 1:
+                    _clear_rows(words[i // PER_HALF].index(W), left)
                 if i == PER_HALF - 1:
                     fence_async_shared()
                     mbarrier.arrive(ready.index(2 * W), count=1)

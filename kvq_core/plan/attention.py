@@ -258,12 +258,13 @@ def _plan_merge(spec: AttentionSpec, q: ArraySpec, page_table: ArraySpec) -> Lau
     num_seqs, max_pages = page_table.shape
     num_q_tokens, num_q_heads, _ = q.shape
     head_dim_v = spec.records.v.head_dim
+    columns = _MERGE_COLUMNS if head_dim_v <= 256 else 2 * _MERGE_COLUMNS  # more programs than fit take turns
     return LaunchPlan(
         kernel="merge_segments",
-        grid=(num_q_tokens * num_q_heads * math.ceil(head_dim_v / _MERGE_COLUMNS), 1, 1),
+        grid=(num_q_tokens * num_q_heads * math.ceil(head_dim_v / columns), 1, 1),
         scalars=(num_q_tokens, num_seqs, max_pages),
         outputs=_attention_outputs(q, head_dim_v),
-        constexprs=(("S", spec), ("PARTS", _MERGE_PARTS), ("COLUMNS", _MERGE_COLUMNS)),
+        constexprs=(("S", spec), ("PARTS", _MERGE_PARTS), ("COLUMNS", columns)),
         num_warps=1,
         enable_fp_fusion=True,
         launch_pdl=spec.overlap,
