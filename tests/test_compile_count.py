@@ -73,6 +73,12 @@ def test_mla_attention_is_one_program_for_all_batches_and_tables(queries, expect
     assert kernels_of(launches) == expected
 
 
+def test_mla_attention_of_many_heads_is_one_program_for_all_batches_and_tables():
+    layout = compiling.mla_layout("int8_per_token_head", page_size=64)
+    launches = (compiling.mla_attention(layout, b, w, num_heads=128) for b, w in itertools.product(BATCHES, WIDTHS))
+    assert kernels_of(launches) == ["attend_mla_groups", "merge_segments"]
+
+
 def test_row_containers_are_one_program_for_all_sizes():
     rows = compiling.layout("int8_per_token_head", 64, scale_placement="row", row_order="NHD")
     launches = [compiling.append(rows, n, num_pages=p) for n, p in itertools.product(COUNTS, (1, 2, 64))]
@@ -127,6 +133,9 @@ def _every_op(num_tokens: int, num_seqs: int, max_pages: int, num_pages: int) ->
     q = torch.zeros((num_seqs, 16, mla_cache.layout.head_dim), dtype=torch.bfloat16, device="cuda")
     mla_attention(q, mla_cache, page_table, seq_lens, sm_scale=0.1)
     mla_attention(q, mla_cache, page_table, seq_lens, sm_scale=0.1, cu_seqlens_q=cu_seqlens_q)
+    mla_cache = KVCache(compiling.mla_layout("int8_per_token_head", page_size=64), num_pages, device="cuda")
+    q = torch.zeros((num_seqs, 40, mla_cache.layout.head_dim), dtype=torch.bfloat16, device="cuda")
+    mla_attention(q, mla_cache, page_table, seq_lens, sm_scale=0.1)
 
 
 @pytest.mark.gpu
@@ -135,10 +144,10 @@ def test_triton_compiles_nothing_for_new_counts():
         getattr(kernels, kernel).device_caches.clear()
     _every_op(num_tokens=300, num_seqs=3, max_pages=5, num_pages=9)
     expected = _compiled_kernels()
-    assert expected == dict.fromkeys(KERNELS, 1) | {
-        "gather_kv": 2,
-        "merge_segments": 2,
-    }  # for a library, and of latents
+    several = {"gather_kv": 2, "merge_segments": 3}  # for a library; of latents of few and of many heads
+    if torch.cuda.get_device_capability() != (9, 0):
+        several |= {"attend_mla_groups": 0, "attend_mla_segments": 2}
+    assert expected == dict.fromkeys(KERNELS, 1) | several
     for sizes in ((1, 1, 1, 1), (16, 16, 16, 16), (257, 129, 64, 65), (5000, 300, 7, 400)):
         _every_op(*sizes)
         assert _compiled_kernels() == expected, sizes

@@ -121,7 +121,7 @@ def attend_mla_groups(
     queries = (q_ptr, q_stride_token, q_stride_head, block, k_scale_ptr)
     pool = (pages_ptr, page_table_ptr, num_pages, max_pages)
     result = (partial_ptr, program, block, k_scale_ptr)
-    REGISTERS: gl.constexpr = 208  # of the 512 that the threads of three groups share; 88 are left to the producer
+    REGISTERS: gl.constexpr = 208 if IS_CODED else 224  # of the 512 that the threads of three groups share
     gl.warp_specialize(
         [
             (_produce, (bufs, barriers, walk, queries, pool, S)),
@@ -216,8 +216,7 @@ def _consume(bufs, barriers, walk, result, W: gl.constexpr, S: gl.constexpr):
                 left = end - (start + i * S.tile + W * KEYS)
                 if W == 1:
                     acc, m, l = _add_others(acc, l, bufs, barriers, turn, W, S)
-                s = _start_scores(bufs, barriers, turn, W, S)
-                s = warpgroup_mma_wait(0, deps=[s])
+                s = _scores(bufs, barriers, turn, W, S)
                 p, alpha, m = _softmax(s, m, factor, left, bufs, W, S)
                 _publish(p, m, alpha, bufs, barriers, W)
                 acc = _add_own(acc, p, alpha, bufs, barriers, W)
@@ -239,26 +238,40 @@ def _consume(bufs, barriers, walk, result, W: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.jit
-def _start_scores(bufs, barriers, turn, W: gl.constexpr, S: gl.constexpr):
-    """Start the dots [ROWS, KEYS] of q with the keys of stage W, those of the latent times its row scales."""
+def _scores(bufs, barriers, turn, W: gl.constexpr, S: gl.constexpr):
+    """The dots [ROWS, KEYS] of q with the keys of stage W, those of the latent times its row scales.
+
+    Every step of a dot truncates its sums. Where nothing else rounds as much, two sums take half of the steps each.
+    """
+    IS_CODED: gl.constexpr = S.records.v.code_bytes == 1
     q_bufs, k_bufs, rope_bufs, _, _, scale_bufs = bufs
     ready, _, _, _, _ = barriers
     phase = turn & 1
     zero = turn >> 30  # always, but the compiler does not know, and keeps no descriptors in registers
     s = gl.zeros([ROWS, KEYS], gl.float32, SCORES)
+    upper = s
     for half in gl.static_range(2):
         mbarrier.wait(ready.index(2 * W + half), phase)
-        if S.records.v.code_bytes != 1:
+        if not IS_CODED:
             fence_async_shared()  # asynchronous copies: tensor cores see memory through another proxy
         k = k_bufs[half].index(W + zero).permute((1, 0))
-        s = warpgroup_mma(q_bufs[half].index(zero), k, s, use_acc=half == 1, is_async=True)
+        if half == 1 and not IS_CODED:
+            upper = warpgroup_mma(q_bufs[half].index(zero), k, upper, use_acc=False, is_async=True)
+        else:
+            s = warpgroup_mma(q_bufs[half].index(zero), k, s, use_acc=half == 1, is_async=True)
     if S.records.v.per_token_head:
         s = warpgroup_mma_wait(0, deps=[s])
         s = s * scale_bufs.index(3 * W).load(SCORE_KEYS)[None, :]
     mbarrier.wait(ready.index(4 + W), phase)
     if S.records.k.code_bytes != 1:
         fence_async_shared()
-    return warpgroup_mma(q_bufs[2].index(zero), rope_bufs.index(W + zero).permute((1, 0)), s, is_async=True)
+    s = warpgroup_mma(q_bufs[2].index(zero), rope_bufs.index(W + zero).permute((1, 0)), s, is_async=True)
+    if IS_CODED:
+        s = warpgroup_mma_wait(0, deps=[s])
+    else:
+        s, upper = warpgroup_mma_wait(0, deps=[s, upper])
+        s = s + upper
+    return s
 
 
 @gluon.jit
