@@ -1,0 +1,188 @@
+"""A consumer: scores and softmax of every second tile, and half of the output's columns over all tiles."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from kvq_core.kernels.decode import partial_lse
+from kvq_core.kernels.groups.shared import HALF, KEYS, ROWS, keys_of_segment, next_segment, rows_of_query
+
+SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
+SCORE_ROWS = gl.constexpr(gl.SliceLayout(1, SCORES.value))
+SCORE_KEYS = gl.constexpr(gl.SliceLayout(0, SCORES.value))
+FACTOR = gl.constexpr(3)  # of the statistics: until consumer 1 publishes, what turns dots into scores
+
+
+@gluon.jit
+def consume(bufs, barriers, line, result, W: gl.constexpr, S: gl.constexpr):
+    """All segments of a part, as consumer ``W``."""
+    pairs_done = line.tile.to(gl.int32) * 0
+    segments_done = pairs_done
+    while line.tile < line.last_tile:
+        start, end, seq_end = keys_of_segment(line, S)
+        if start < end:
+            phase = segments_done & 1
+            mbarrier.wait(barriers.queries.index(0), phase)
+            acc, m, l = _attend_keys(bufs, barriers, start, end, pairs_done, W, S)
+            # Each has summed up its own tiles. Nobody reads the first two statistics of this segment any more.
+            bufs.stats.index(W).store(l)
+            mbarrier.arrive(barriers.finished, count=1)
+            mbarrier.wait(barriers.finished, phase)
+            l += bufs.stats.index(1 - W).load(SCORE_ROWS)
+            mbarrier.arrive(barriers.queries.index(1), count=1)
+            _store_part(acc, m, l, line, result, W, S)
+            pairs_done += gl.cdiv(end - start, S.tile)
+            segments_done += 1
+        line = next_segment(line, seq_end, S)
+
+
+@gluon.jit
+def _attend_keys(bufs, barriers, start, end, pairs_done, W: gl.constexpr, S: gl.constexpr):
+    """Sums over keys ``start`` to ``end``: of half of the columns, and of the probabilities of one's own tiles."""
+    factor = bufs.stats.index(FACTOR).load(SCORE_ROWS)
+    acc = gl.zeros([ROWS, HALF], gl.float32, SUMS)
+    m = gl.full([ROWS], float("-inf"), gl.float32, SCORE_ROWS)
+    l = gl.zeros([ROWS], gl.float32, SCORE_ROWS)
+    for i in range(gl.cdiv(end - start, S.tile)):
+        turn = pairs_done + i
+        left = end - (start + i * S.tile + W * KEYS)
+        if W == 1:
+            acc, m, l = _add_others(acc, l, bufs, barriers, turn, W, S)
+        s = _scores(bufs, barriers, turn, W, S)
+        p, alpha, m = _softmax(s, m, factor, left, bufs, W, S)
+        _publish(p, m, alpha, bufs, barriers, W)
+        l = l * alpha + _sum_rows(p, bufs, W, S)  # the row scales are there until the stage is free
+        acc = _add_own(acc, p, alpha, bufs, barriers, W)
+        if W == 0:
+            acc, m, l = _add_others(acc, l, bufs, barriers, turn, W, S)
+    return acc, m, l
+
+
+@gluon.jit
+def _scores(bufs, barriers, turn, W: gl.constexpr, S: gl.constexpr):
+    """The dots [ROWS, KEYS] of q with the keys of stage W, those of the latent times its row scales.
+
+    Every step of a dot truncates its sums. Where nothing else rounds as much, two sums take half of the steps each.
+    """
+    IS_CODED: gl.constexpr = S.records.v.code_bytes == 1
+    phase = turn & 1
+    zero = turn >> 30  # always, but the compiler does not know, and keeps no descriptors in registers
+    s = gl.zeros([ROWS, KEYS], gl.float32, SCORES)
+    upper = s
+    for half in gl.static_range(2):
+        mbarrier.wait(barriers.ready.index(2 * W + half), phase)
+        if not IS_CODED:
+            fence_async_shared()  # asynchronous copies: tensor cores see memory through another proxy
+        q = bufs.q[half].index(zero)
+        k = bufs.latent[half].index(W + zero).permute((1, 0))
+        if half == 1 and not IS_CODED:
+            upper = warpgroup_mma(q, k, upper, use_acc=False, is_async=True)
+        else:
+            s = warpgroup_mma(q, k, s, use_acc=half == 1, is_async=True)
+    if S.records.v.per_token_head:
+        s = warpgroup_mma_wait(0, deps=[s])
+        s = s * bufs.scales.index(3 * W).load(SCORE_KEYS)[None, :]
+    mbarrier.wait(barriers.ready.index(4 + W), phase)
+    if S.records.k.code_bytes != 1:
+        fence_async_shared()
+    s = warpgroup_mma(bufs.q[2].index(zero), bufs.rope.index(W + zero).permute((1, 0)), s, is_async=True)
+    if IS_CODED:
+        s = warpgroup_mma_wait(0, deps=[s])
+    else:
+        s, upper = warpgroup_mma_wait(0, deps=[s, upper])
+        s = s + upper
+    return s
+
+
+@gluon.jit
+def _softmax(s, m, factor, left, bufs, W: gl.constexpr, S: gl.constexpr):
+    """One step of the online softmax over a tile of which ``left`` keys exist.
+
+    Returns probabilities (times their row scales), what scales older sums, and the new maximum.
+    """
+    x = s * factor[:, None]
+    if S.records.v.per_token_head:
+        x = x + bufs.scales.index(3 * W + 1).load(SCORE_KEYS)[None, :]
+    if left < KEYS:
+        x = gl.where((gl.arange(0, KEYS, layout=SCORE_KEYS) < left)[None, :], x, float("-inf"))
+    m_new = gl.maximum(m, gl.max(x, 1))
+    m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)
+    return gl.exp2(x - (m_safe - S.p_shift)[:, None]), gl.exp2(m - m_safe), m_new
+
+
+@gluon.jit
+def _sum_rows(p, bufs, W: gl.constexpr, S: gl.constexpr):
+    """Sums of the probabilities of each row, without their row scales."""
+    if S.records.v.per_token_head:
+        p = p * bufs.scales.index(3 * W + 2).load(SCORE_KEYS)[None, :]
+    return gl.sum(p, 1)
+
+
+@gluon.jit
+def _publish(p, m, alpha, bufs, barriers, W: gl.constexpr):
+    bufs.p.store(p.to(bufs.p.dtype))
+    bufs.stats.index(2 * W).store(m)
+    bufs.stats.index(2 * W + 1).store(alpha)
+    fence_async_shared()
+    mbarrier.arrive(barriers.published.index(W), count=1)
+
+
+@gluon.jit
+def _add_own(acc, p, alpha, bufs, barriers, W: gl.constexpr):
+    """Add one's own tile, and free the half of its stage that belongs to these columns."""
+    v = bufs.latent[W].index(W)
+    acc = _scale_rows(acc, alpha)
+    operand = gl.convert_layout(p.to(v.dtype), gl.DotOperandLayout(0, SUMS, 2), assert_trivial=True)
+    acc = warpgroup_mma(operand, v, acc, is_async=True)
+    acc, operand = warpgroup_mma_wait(0, deps=[acc, operand])
+    mbarrier.arrive(barriers.empty.index(2 * W + W), count=1)
+    return acc
+
+
+@gluon.jit
+def _add_others(acc, l, bufs, barriers, turn, W: gl.constexpr, S: gl.constexpr):
+    """Add the other consumer's tile: the new sums, the maximum of the rows up to it, and one's own sums of rows."""
+    OTHER: gl.constexpr = 1 - W
+    phase = turn & 1
+    mbarrier.wait(barriers.published.index(OTHER), phase)
+    if S.records.v.code_bytes != 1:
+        mbarrier.wait(barriers.ready.index(2 * OTHER + W), phase)  # complete already: copies must be visible here too
+        fence_async_shared()
+    m = bufs.stats.index(2 * OTHER).load(SCORE_ROWS)
+    alpha = bufs.stats.index(2 * OTHER + 1).load(SCORE_ROWS)
+    acc = _scale_rows(acc, alpha)
+    acc = warpgroup_mma(bufs.p, bufs.latent[W].index(OTHER), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(barriers.empty.index(2 * OTHER + W), count=1)
+    return acc, m, l * alpha
+
+
+@gluon.jit
+def _scale_rows(acc, factor):
+    return acc * gl.convert_layout(factor, gl.SliceLayout(1, SUMS), assert_trivial=True)[:, None]
+
+
+@gluon.jit
+def _store_part(acc, m, l, line, result, W: gl.constexpr, S: gl.constexpr):
+    """Store the part's values of half of the columns, and (consumer 0) its log-sum-exps."""
+    partial_ptr, program, block, k_scale_ptr = result
+    part_ptr = partial_ptr + (program + line.seq) * S.part_stride
+    factor = gl.where(l == 0.0, 0.0, 1.0 / l)
+    if S.records.v.per_tensor:
+        factor *= gl.load(k_scale_ptr)
+    out = _scale_rows(acc, factor)
+    row = block * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SUMS))
+    column = W * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, SUMS))
+    _, valid = rows_of_query(line, row, S)
+    gl.store(part_ptr + row[:, None] * (2 * HALF) + column[None, :], out, mask=valid[:, None])
+    if W == 0:
+        lse = gl.where(l == 0.0, float("-inf"), m + gl.log2(l) - S.p_shift)
+        row = block * ROWS + gl.arange(0, ROWS, layout=SCORE_ROWS)
+        _, valid = rows_of_query(line, row, S)
+        gl.store(partial_lse(part_ptr, S) + row, lse, mask=valid)
