@@ -131,8 +131,8 @@ def _copy_rope(bufs, barriers, table, tile, W: gl.constexpr, S: gl.constexpr):
     async_copy.mbarrier_arrive(barriers.ready.index(4 + W), increment_count=False)
 
 
-# 8 bits: chunks of codes wait in registers, DEPTH at a time, are decoded and stored as soon as there is room. Everything
-# moves in words of 32 bits: a single byte would take a whole register.
+# 8 bits: chunks of codes wait in registers, DEPTH at a time, and are decoded and stored as soon as there is room.
+# Everything moves in words of 32 bits: a single byte would take a whole register.
 
 
 @gluon.jit
@@ -153,7 +153,9 @@ def _decode_tiles(bufs, barriers, table, start, end, pairs_done, S: gl.constexpr
 
 
 @gluon.jit
-def _decode_tile(bufs, barriers, table, tile, next_page, pending, first, end, phase, W: gl.constexpr, S: gl.constexpr):
+def _decode_tile(
+    bufs, barriers, table, tile, next_page, pending, first, end, phase, W: gl.constexpr, S: gl.constexpr
+):
     """Decode the tile of stage ``W``. Returns the next tile, and the chunks of it that are on their way."""
     R: gl.constexpr = S.records
     LATENT: gl.constexpr = R.v
