@@ -153,9 +153,7 @@ def _decode_tiles(bufs, barriers, table, start, end, pairs_done, S: gl.constexpr
 
 
 @gluon.jit
-def _decode_tile(
-    bufs, barriers, table, tile, next_page, pending, first, end, phase, W: gl.constexpr, S: gl.constexpr
-):
+def _decode_tile(bufs, barriers, table, tile, next_page, pending, first, end, phase, W: gl.constexpr, S: gl.constexpr):
     """Decode the tile of stage ``W``. Returns the next tile, and the chunks of it that are on their way."""
     R: gl.constexpr = S.records
     LATENT: gl.constexpr = R.v
