@@ -81,7 +81,7 @@ def paged_attention(
     alibi_slopes: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return values in q's dtype ``[num_q_tokens, num_q_heads, head_dim_v]`` and log-sum-exp, float32."""
-    layout, pages, device = cache.layout, cache.pages, device_facts(cache.pages)
+    layout, pages, device = cache.layout, _readable(cache.pages), device_facts(cache.pages)
     plan = plan_paged_attention(layout, call, device)
     if plan is None:
         out = jnp.zeros((*q.shape[:2], layout.head_dim_v or 0), q.dtype)
@@ -107,7 +107,7 @@ def mla_attention(
     cu_seqlens_q: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return values in q's dtype ``[num_q_tokens, num_heads, kv_lora_rank]`` and log-sum-exp, float32."""
-    layout, pages, device = cache.layout, cache.pages, device_facts(cache.pages)
+    layout, pages, device = cache.layout, _readable(cache.pages), device_facts(cache.pages)
     plan = plan_mla_attention(layout, call, device)
     if plan is None:
         out = jnp.zeros((*q.shape[:2], layout.head_dim_v or 0), q.dtype)
@@ -118,6 +118,11 @@ def mla_attention(
         results = launch(plan.merge, device, *results, cache.k_scale, seq_lens, cu_seqlens_q)
     out, lse = results
     return out, lse
+
+
+def _readable(pages: jax.Array) -> jax.Array:
+    """``pages``; of a pool that has none, one, because kernels read page 0 for an id outside the pool."""
+    return pages if pages.shape[0] else jnp.zeros((1, *pages.shape[1:]), pages.dtype)
 
 
 def launch(plan: LaunchPlan, device: DeviceFacts, *inputs: jax.Array) -> list[jax.Array]:

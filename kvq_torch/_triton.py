@@ -103,6 +103,7 @@ def paged_attention(
     alibi_slopes = k_scale if alibi_slopes is None else alibi_slopes
     cu_seqlens_q = seq_lens if cu_seqlens_q is None else cu_seqlens_q
     attend, merge = launchers
+    pages = _readable(pages)
     results = attend(q, pages, k_scale, v_scale, sinks, alibi_slopes, page_table, seq_lens, cu_seqlens_q)
     return results if merge is None else merge(*results, sinks, seq_lens, cu_seqlens_q)
 
@@ -124,7 +125,7 @@ def mla_attention(
         return out, q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
     cu_seqlens_q = seq_lens if cu_seqlens_q is None else cu_seqlens_q
     attend, merge = launchers
-    results = attend(q, pages, k_scale, page_table, seq_lens, cu_seqlens_q)
+    results = attend(q, _readable(pages), k_scale, page_table, seq_lens, cu_seqlens_q)
     return results if merge is None else merge(*results, k_scale, seq_lens, cu_seqlens_q)
 
 
@@ -166,6 +167,11 @@ def _mla_launchers(
     layout: MLALayout, call_key: CallKey, device: torch.device
 ) -> tuple[_Launcher, _Launcher | None] | None:
     return _launchers(plan_mla_attention(layout, keyed_call(call_key), device_facts(device)), device)
+
+
+def _readable(pages: torch.Tensor) -> torch.Tensor:
+    """``pages``; of a pool that has none, one, because kernels read page 0 for an id outside the pool."""
+    return pages if pages.shape[0] else pages.new_empty_strided((1, *pages.shape[1:]), pages.stride()).zero_()
 
 
 def _launchers(plan: AppendPlan | AttentionPlan | None, device: torch.device) -> Any:

@@ -90,7 +90,8 @@ class AttentionCase:
     """Queries over a pool. ``seqs``: (number of queries, KV length) of each sequence.
 
     ``ragged`` False: one query per sequence and no cu_seqlens_q. ``damage``: see `_damage`. Exponents: of ten, the
-    amplitudes of the tokens' rows. Of an MLA cache, k is the latent, v the rope part, and ``v_scale`` is ``k_scale``.
+    amplitudes of the tokens' rows. Of an MLA cache, k is the latent, v the rope part, and ``v_scale`` is ``k_scale``;
+    with ``rope_only`` every other head's query is zero but for its rope part.
     """
 
     name: str
@@ -109,12 +110,14 @@ class AttentionCase:
     sinks: bool = False
     alibi: bool = False
     q_exponents: tuple[float, float] = (0, 0)
+    rope_only: bool = False
     k_exponents: tuple[float, float] = (0, 0)
     v_exponents: tuple[float, float] = (0, 0)
     k_scale: float = 1.0
     v_scale: float = 1.0
     damage: tuple[str, ...] = ()
     shared_pages: int = 0
+    no_pages: bool = False
     spare_columns: int = 2
     strides: str | None = None
     pool: str | None = None
@@ -132,6 +135,7 @@ class AttentionCase:
         seq_lens = [seq_len for _, seq_len in self.seqs]
         table, num_pages = make.make_table(rng, layout, seq_lens, self.shared_pages, spare_pages=3)
         pages = make.poisoned_pool(layout, num_pages, self.pool)
+        pool = pages[:0] if self.no_pages else pages
         shape, records = (sum(seq_lens), layout.num_kv_heads), make.records_of(layout)
         k = make.random_rows(rng, (*shape, records.head_dim), self.kv_dtype, self.k_exponents)
         v = make.random_rows(rng, (*shape, records.head_dim_v), self.kv_dtype, self.v_exponents)
@@ -145,9 +149,12 @@ class AttentionCase:
         num_queries = [count for count, _ in self.seqs]
         num_q_heads = self.group * layout.num_kv_heads
         q_shape = (sum(num_queries) + self.padding_rows, num_q_heads, layout.head_dim)
+        q = make.random_rows(rng, q_shape, self.q_dtype, self.q_exponents)
+        if self.rope_only:
+            q[:, ::2, : layout.head_dim_v] = 0
         return AttentionInputs(
-            q=make.with_strides(make.random_rows(rng, q_shape, self.q_dtype, self.q_exponents), self.strides),
-            pages=pages,
+            q=make.with_strides(q, self.strides),
+            pages=pool,
             page_table=page_table,
             seq_lens=np.array(seq_lens, np.int32),
             cu_seqlens_q=np.cumsum([0, *num_queries]).astype(np.int32) if self.ragged else None,

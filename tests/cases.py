@@ -319,6 +319,9 @@ def _attention_calls():
     yield AttentionCase("no-sequences", layout_of(INT8), ())
     yield AttentionCase("no-queries", layout_of(INT8), ((0, 5), (0, 0)), ragged=True)
     yield AttentionCase("no-keys", layout_of(INT8), ((1, 0), (1, 0)), sinks=True)
+    for kind, seqs in (("decode", ((1, 5), (1, 0))), ("prefill", ((70, 90), (1, 0)))):
+        name, ragged = f"{kind}-no-pages", kind == "prefill"
+        yield AttentionCase(name, layout_of(INT8), seqs, ragged=ragged, no_pages=True, tags=CALLBACK)
     yield AttentionCase("decode-as-ragged", layout_of(INT8), DECODE, ragged=True, max_seqlen_q=1, tags=CALLBACK)
     yield AttentionCase(
         "mixed-batch", layout_of(FP8), ((1, 70), (30, 30), (1, 3), (17, 80)), ragged=True, tags=CALLBACK

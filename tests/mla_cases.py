@@ -112,6 +112,8 @@ def _calls():
     yield attention("only-padding-rows", layout_of(), seqs=((0, 5), (0, 0)), ragged=True, padding_rows=3)
     yield attention("no-sequences", layout_of(), seqs=())
     yield attention("no-keys", layout_of(), seqs=((1, 0), (1, 0)))
+    yield attention("no-pages", layout_of(), seqs=((1, 5), (1, 0)), no_pages=True, tags=CALLBACK)
+    yield attention("rope-only", layout_of(FP8), 64, 1e-5, seqs=((1, 60),), rope_only=True, v_exponents=MIXED)
     yield attention("two-splits", layout_of(), seqs=((1, 700), (1, 3)), tags=CALLBACK)
     for mode in MLA_MODES:
         many = {"seqs": ((1, 3000), (1, 900), (1, 0)), "k_exponents": MIXED, "tags": LARGE}
@@ -135,6 +137,7 @@ def _groups():
         "many-sequences": {"heads": 40, "seqs": tuple((1, 3 * i % 11 * 6) for i in range(150))},
         "no-query": {"seqs": ((1, 70), (0, 200), (1, 0), (0, 0), (1, 140)), "ragged": True, "max_seqlen_q": 1},
         "negative-scale": {"sm_scale": -0.1},
+        "rope-only": {"rope_only": True, "v_exponents": MIXED, "sm_scale": 1e-5},
         "strides": {"strides": "odd", "pool": "shared"},
         "past-the-table": {"spare_columns": -1},
     }
@@ -144,7 +147,8 @@ def _groups():
         layout = layout_of(mode, options.pop("page", 64), 512, 64)
         yield attention(f"groups-{name}-{mode}", layout, **options, tags=GPU)
     float16 = {"heads": 128, "q_dtype": "float16", "seqs": ends}
-    yield attention("groups-q-float16", layout_of("fp8_e4m3", 64, 512, 64), **float16, tags=GPU)
+    for mode in MLA_MODES:
+        yield attention(f"groups-q-float16-{mode}", layout_of(mode, 64, 512, 64), **float16, tags=GPU)
 
 
 APPEND_CASES = tuple(_append_cases())

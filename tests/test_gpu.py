@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvq_torch import KVCache, append_kv_, copy_pages_, gather_kv, paged_attention
+from kvq_core import CacheLayout, MLALayout
+from kvq_torch import KVCache, append_kv_, copy_pages_, gather_kv, mla_attention, paged_attention
 from tests import backends, pools
 from tests.case_types import AttentionCase
 from tests.compare import assert_same_bytes
@@ -106,6 +107,26 @@ def test_results_do_not_depend_on_the_other_sequences_of_a_ragged_batch():
         alone = pools.Batch(batch.cache, batch.page_table[seq : seq + 1], batch.seq_lens[seq : seq + 1])
         out, _ = attend(alone, q[seq : seq + 1])
         assert error(out[0], together[seq].double()) <= 2**-8
+
+
+@pytest.mark.parametrize("mode", ["int8_per_token_head", "fp8_per_token_head"])
+def test_keys_never_written_are_zeros_however_many_a_program_meets(mode):
+    """Their row scales are 0. 64 x 131072 of them are 32000 a program and more, all in one page."""
+    num_seqs, num_keys, page_size = 64, 131072, 64
+    page_table = torch.zeros((num_seqs, num_keys // page_size), dtype=torch.int32, device="cuda")
+    seq_lens = pools.indices([num_keys] * num_seqs)
+    for num_heads in (16, 64):
+        cache = KVCache(MLALayout(mode, page_size=page_size), num_pages=1, device="cuda")
+        q = pools.values(num_seqs, num_heads, 576, seed=7)
+        out, lse = mla_attention(q, cache, page_table, seq_lens, sm_scale=0.1, return_lse=True)
+        assert not out.any()
+        assert torch.allclose(lse, torch.tensor(num_keys, device="cuda").log(), atol=1e-4)
+    layout = CacheLayout(mode, page_size=page_size, num_kv_heads=8, head_dim=128)
+    cache = KVCache(layout, num_pages=1, device="cuda")
+    q = pools.values(num_seqs, 32, 128, seed=7)
+    out, lse = paged_attention(q, cache, page_table, seq_lens, return_lse=True)
+    assert not out.any()
+    assert torch.allclose(lse, torch.tensor(num_keys, device="cuda").log(), atol=1e-4)
 
 
 def test_pages_past_2_to_the_31_bytes_are_written_read_and_copied():

@@ -69,17 +69,18 @@ def test_many_heads_take_the_latent_from_one_tile_and_share_the_scores(mode):
     assert len(values) == loops * 64 // 16
 
 
-def groups_calls(target, mode, num_heads=MANY_HEADS, queries=None, **layout):
+def groups_calls(target, mode, num_heads=MANY_HEADS, queries=None, dtype=torch.bfloat16, **layout):
     """The kernels of a decode from pages that hold whole tiles."""
     cache = mla_layout(mode, **{"page_size": 64} | layout)
-    return [
-        call.kernel for call in record(target, compiling.mla_attention(cache, queries=queries, num_heads=num_heads))
-    ]
+    launch = compiling.mla_attention(cache, queries=queries, num_heads=num_heads, dtype=dtype)
+    return [call.kernel for call in record(target, launch)]
 
 
 def test_task_groups_decode_many_heads_from_whole_tiles_on_hopper():
     assert groups_calls(SM_90, "bfloat16") == ["attend_mla_groups", "merge_segments"]
     assert groups_calls(SM_90, "fp8_e4m3", 33, page_size=128)[0] == "attend_mla_groups"
+    assert groups_calls(SM_90, "fp8_e4m3", dtype=torch.float16)[0] == "attend_mla_groups"
+    assert groups_calls(SM_90, "fp8_per_token_head", dtype=torch.float16)[0] == "attend_mla_segments"
     assert groups_calls(SM_90, "fp8_e4m3", 32)[0] == "attend_mla_segments"
     assert groups_calls(SM_90, "fp8_e4m3", page_size=32)[0] == "attend_mla_segments"
     assert groups_calls(SM_90, "fp8_e4m3", page_size=96)[0] == "attend_mla_segments"

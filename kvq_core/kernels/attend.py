@@ -34,8 +34,9 @@ from kvq_core.kernels.codec import (
 from kvq_core.kernels.pages import load_page_ids, record_offsets, row_offsets, scale_ptrs, typed_ptr
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Scales from here down (a slot never written has 0) count as this one, so that logarithm and quotient stay finite.
-MIN_SCALE = tl.constexpr(7.888609052210118e-31)  # 2^-100
+# Scales from here down (a slot never written has 0) count as this one, so that logarithm and quotient stay finite, and
+# the sum of 2^33 quotients, each times 2^14 (S.p_shift), too.
+MIN_SCALE = tl.constexpr(2.0**-80)
 
 
 @triton.jit

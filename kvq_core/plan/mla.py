@@ -51,7 +51,7 @@ def plan_mla_attention(layout: MLALayout, call: AttentionCall, device: DeviceFac
     operands = _operands(layout, q.dtype, device)
     shape = _shape(layout, queries, num_heads, operands, device)
     records = _record_spec(layout, pages, device, least_dim=64 if shape.rows == _MANY_ROWS else 16)
-    if _takes_groups(shape, records, device):
+    if _takes_groups(shape, operands, records, device):
         shape = shape._replace(kernel="attend_mla_groups", tile=_GROUPS_TILE, num_warps=4, num_stages=1)
     else:
         shape = _fit(shape, layout, operands, device)
@@ -158,13 +158,14 @@ def _most_rows(operands: _Operands, device: DeviceFacts) -> int:
     return _MANY_ROWS if device.has_group_dots else 32
 
 
-def _takes_groups(shape: _Shape, records: RecordSpec, device: DeviceFacts) -> bool:
+def _takes_groups(shape: _Shape, operands: _Operands, records: RecordSpec, device: DeviceFacts) -> bool:
     """Whether `kvq_core.kernels.groups` decodes this: the shapes of DeepSeek's models, in pages of whole tiles."""
     rope, latent = records.k, records.v
     return (
         device.has_task_groups
         and shape.kernel == "attend_mla_segments"
         and (shape.rows, shape.queries) == (_MANY_ROWS, 1)
+        and "float32" not in operands
         and (latent.head_dim, rope.head_dim) == (512, 64)
         and records.page_size % _GROUPS_KEYS == 0
         and math.gcd(latent.align, rope.align) % 16 == 0

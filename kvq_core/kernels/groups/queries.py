@@ -11,7 +11,7 @@ from kvq_core.kernels.groups.shared import HALF, ROWS, rows_of_query
 COLUMNS = gl.constexpr(64)  # moved at once
 LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 LAYOUT_ROWS = gl.constexpr(gl.SliceLayout(1, LAYOUT.value))
-MAX_RATIO = gl.constexpr(100 << 23)  # 2^100 as a difference of float32 bits
+MAX_RATIO = gl.constexpr(60 << 23)  # 2^60 as a difference of float32 bits
 
 
 @gluon.jit
@@ -45,7 +45,8 @@ def store_queries(bufs, barriers, line, queries, phase, S: gl.constexpr):
 def _powers(q_rows, valid, S: gl.constexpr):
     """As `kvq_core.kernels.mla._powers`: a power of two, and its inverse, which both parts of q are multiplied by.
 
-    The rope part in bfloat16 is far from its bounds, unless it is 2^100 times the latent.
+    In bfloat16 the rope part stays below 2^75, so that its dots are finite, and where it is 2^60 times the latent and
+    more, the latent is what rounds away.
     """
     largest = gl.full([ROWS], 0, gl.int32, LAYOUT_ROWS)
     for i in gl.static_range((2 * HALF) // COLUMNS):
