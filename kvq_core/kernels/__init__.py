@@ -1,5 +1,7 @@
 """The Triton kernels. Each is a plain ``@triton.jit`` function: inputs first, then scalars, outputs last.
 
+One, `attend_mla_groups`, is in Gluon, which the interpreter does not know: plans name it for Hopper only.
+
 A launch plan (`kvq_core.plan`) names a kernel and holds all a launch needs but the arrays.
 """
 
