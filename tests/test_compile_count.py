@@ -18,7 +18,7 @@ MLA_LAYOUT = compiling.mla_layout("int8_per_token_head", 64)
 COUNTS = [1, 2, 3, 15, 16, 17, 31, 32, 64, 100, 255, 256, 257, 300, 1000, 1024, 4096, 5000]
 BATCHES = [1, 2, 7, 8, 16, 31, 64, 127, 128, 129, 256, 300]
 WIDTHS = [1, 2, 16, 33, 512, 8192]
-KERNELS = [name for name in vars(kernels) if hasattr(getattr(kernels, name), "arg_names")]
+KERNELS = [name for name in vars(kernels) if hasattr(getattr(kernels, name), "arg_names")] + ["attend_mla_groups"]
 
 
 def programs(launches) -> list[KernelCall]:

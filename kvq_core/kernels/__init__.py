@@ -1,9 +1,12 @@
 """The Triton kernels. Each is a plain ``@triton.jit`` function: inputs first, then scalars, outputs last.
 
-One, `attend_mla_groups`, is in Gluon, which the interpreter does not know: plans name it for Hopper only.
+One, `attend_mla_groups`, is in Gluon, which the interpreter does not know: plans name it for Hopper only. Gluon is an
+experimental part of Triton, so it is imported when a plan asks for it, and nothing else depends on it.
 
 A launch plan (`kvq_core.plan`) names a kernel and holds all a launch needs but the arrays.
 """
+
+import importlib
 
 from kvq_core.kernels.append import append_kv as append_kv
 from kvq_core.kernels.append import claim_slots as claim_slots
@@ -11,8 +14,13 @@ from kvq_core.kernels.decode import attend_segments as attend_segments
 from kvq_core.kernels.decode import merge_segments as merge_segments
 from kvq_core.kernels.gather import copy_pages as copy_pages
 from kvq_core.kernels.gather import gather_kv as gather_kv
-from kvq_core.kernels.groups import attend_mla_groups as attend_mla_groups
 from kvq_core.kernels.mla import attend_mla_queries as attend_mla_queries
 from kvq_core.kernels.mla import attend_mla_segments as attend_mla_segments
 from kvq_core.kernels.prefill import attend_queries as attend_queries
 from kvq_core.kernels.prefill import finish_queries as finish_queries
+
+
+def __getattr__(name: str) -> object:
+    if name == "attend_mla_groups":
+        return importlib.import_module("kvq_core.kernels.groups").attend_mla_groups
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
