@@ -1,7 +1,7 @@
 """The ops through the Triton kernels of `kvq_core.kernels`: executes launch plans, decides nothing.
 
-On a GPU jax-triton compiles a plan's kernel and jaxlib launches it. On a CPU, with ``TRITON_INTERPRET=1``, the same
-kernel runs through the Triton interpreter inside a callback.
+On a GPU jax-triton (Triton itself, where the kernel is in Gluon) compiles a plan's kernel and jaxlib launches it. On a
+CPU, with ``TRITON_INTERPRET=1``, the same kernel runs through the Triton interpreter inside a callback.
 """
 
 from __future__ import annotations

@@ -307,11 +307,9 @@ def decode_biased_pairs(pairs, MODE: tl.constexpr, CAPS: tl.constexpr, OPERAND: 
     return values
 
 
-@triton.jit
-def _int8_bytes_ptx(codes):
-    """(byte ^ 0x80) | 0x6400 is the float16 1152 + x; four codes per register."""
-    return tl.inline_asm_elementwise(
-        """
+# A register of four codes, $2, to two of two float16 each. (byte ^ 0x80) | 0x6400 is the float16 1152 + x.
+INT8_WORD_PTX = tl.constexpr(
+    """
         {
         .reg .b32 t, a, b, c;
         mov.b32 c, 0x64806480;
@@ -321,7 +319,24 @@ def _int8_bytes_ptx(codes):
         sub.f16x2 $0, a, c;
         sub.f16x2 $1, b, c;
         }
-        """,
+        """
+)
+E4M3_WORD_PTX = tl.constexpr(
+    """
+        {
+        .reg .b16 a, b;
+        mov.b32 {a, b}, $2;
+        cvt.rn.f16x2.e4m3x2 $0, a;
+        cvt.rn.f16x2.e4m3x2 $1, b;
+        }
+        """
+)
+
+
+@triton.jit
+def _int8_bytes_ptx(codes):
+    return tl.inline_asm_elementwise(
+        INT8_WORD_PTX,
         "=r,=r,r",
         [codes],
         dtype=tl.float16,
@@ -333,14 +348,7 @@ def _int8_bytes_ptx(codes):
 @triton.jit
 def _e4m3_bytes_ptx(codes):
     return tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b16 a, b;
-        mov.b32 {a, b}, $2;
-        cvt.rn.f16x2.e4m3x2 $0, a;
-        cvt.rn.f16x2.e4m3x2 $1, b;
-        }
-        """,
+        E4M3_WORD_PTX,
         "=r,=r,r",
         [codes],
         dtype=tl.float16,

@@ -43,7 +43,7 @@ class DeviceFacts:
     @property
     def has_group_dots(self) -> bool:
         """Whether groups of four warps have dots of their own (wgmma). The interpreter shows the same path."""
-        return (self.backend == "cuda" and self.arch == 90) or self.backend == "interpreter"
+        return self.has_task_groups or self.backend == "interpreter"
 
     @property
     def has_task_groups(self) -> bool:

@@ -10,13 +10,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kvq_core.kernels.decode import partial_lse
-from kvq_core.kernels.groups.shared import HALF, KEYS, ROWS, keys_of_segment, next_segment, rows_of_query
+from kvq_core.kernels.groups.shared import FACTOR, HALF, KEYS, ROWS, keys_of_segment, next_segment, rows_of_query
 
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
 SCORE_ROWS = gl.constexpr(gl.SliceLayout(1, SCORES.value))
 SCORE_KEYS = gl.constexpr(gl.SliceLayout(0, SCORES.value))
-FACTOR = gl.constexpr(3)  # of the statistics: until consumer 1 publishes, what turns dots into scores
 
 
 @gluon.jit

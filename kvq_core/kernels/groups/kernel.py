@@ -6,8 +6,18 @@ from triton.experimental.gluon import language as gl
 
 from kvq_core.kernels.groups.consumer import consume
 from kvq_core.kernels.groups.producer import produce
-from kvq_core.kernels.groups.shared import SEQS, Line, make_barriers, make_buffers
-from kvq_core.kernels.segments import keys_of, part_start
+from kvq_core.kernels.groups.shared import (
+    HALF,
+    KEYS,
+    ROPE,
+    ROWS,
+    Lengths,
+    Line,
+    keys_of_sequences,
+    make_barriers,
+    make_buffers,
+)
+from kvq_core.kernels.segments import SEQS, part_start
 
 
 @gluon.jit(do_not_specialize=["num_q_tokens", "num_seqs", "num_pages", "max_pages", "q_stride_token", "q_stride_head"])
@@ -28,17 +38,20 @@ def attend_mla_groups(
     S: gl.constexpr,
 ):
     """One part of the keys of all sequences, for 64 heads of their one query. Launch with four warps: eight join."""
+    gl.static_assert(S.rows == ROWS and S.queries == 1 and S.tile == 2 * KEYS)
+    gl.static_assert(S.records.v.head_dim == 2 * HALF and S.records.k.head_dim == ROPE)
+    gl.static_assert(S.records.page_size % KEYS == 0)
     pid = gl.program_id(0)
     block = pid % S.row_blocks
     program = (pid // S.row_blocks).to(gl.int64)
     if S.overlap:
         tl.extra.cuda.gdc_launch_dependents()
-    lengths = (seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, max_pages * S.records.page_size)
+    lengths = Lengths(seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, max_pages * S.records.page_size, num_q_tokens)
     total = _total_tiles(lengths, S)
     tile = part_start(program, total, S)
     last_tile = part_start(program + 1, total, S)
     seq, first_tile = _find_sequence(tile, lengths, S)
-    line = Line(seq, first_tile, tile, last_tile, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, lengths[3], num_q_tokens)
+    line = Line(seq, first_tile, tile, last_tile, lengths)
 
     bufs = make_buffers(S)
     barriers = make_barriers(S)
@@ -59,18 +72,16 @@ def attend_mla_groups(
 
 @gluon.jit
 def _tiles_of_sequences(first_seq, lengths, S: gl.constexpr):
-    seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, capacity = lengths
     seq = first_seq + gl.arange(0, SEQS, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    start, end = keys_of(seq, seq < num_seqs, seq_lens_ptr, cu_seqlens_q_ptr, capacity, S)
+    start, end = keys_of_sequences(seq, lengths, S)
     return gl.cdiv(end - start, S.tile).to(gl.int64)
 
 
 @gluon.jit
 def _total_tiles(lengths, S: gl.constexpr):
     """`kvq_core.kernels.segments.total_tiles`, with layouts."""
-    _, _, num_seqs, _ = lengths
-    total = (num_seqs * 0).to(gl.int64)
-    for first_seq in range(0, num_seqs, SEQS):
+    total = (lengths.num_seqs * 0).to(gl.int64)
+    for first_seq in range(0, lengths.num_seqs, SEQS):
         total += gl.sum(_tiles_of_sequences(first_seq, lengths, S), 0)
     return total
 
@@ -78,11 +89,10 @@ def _total_tiles(lengths, S: gl.constexpr):
 @gluon.jit
 def _find_sequence(tile, lengths, S: gl.constexpr):
     """`kvq_core.kernels.segments.find_sequence`, with layouts."""
-    _, _, num_seqs, _ = lengths
     line = tile * 0
-    seq = num_seqs * 0
+    seq = lengths.num_seqs * 0
     first_tile = tile * 0
-    for first_seq in range(0, num_seqs, SEQS):
+    for first_seq in range(0, lengths.num_seqs, SEQS):
         tiles = _tiles_of_sequences(first_seq, lengths, S)
         before = line + gl.associative_scan(tiles, 0, _add) <= tile
         seq += gl.sum(before.to(gl.int32), 0)

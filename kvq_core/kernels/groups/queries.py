@@ -5,8 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from kvq_core.kernels.attend import LOG2E
-from kvq_core.kernels.groups.consumer import FACTOR
-from kvq_core.kernels.groups.shared import HALF, ROWS, rows_of_query
+from kvq_core.kernels.groups.shared import FACTOR, HALF, ROWS, rows_of_query
 
 COLUMNS = gl.constexpr(64)  # moved at once
 LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))

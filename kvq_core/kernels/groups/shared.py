@@ -12,7 +12,7 @@ ROWS = gl.constexpr(64)  # query heads of a program
 KEYS = gl.constexpr(64)  # of a tile; S.tile is two of them, one for each consumer
 HALF = gl.constexpr(256)  # columns of the latent of one consumer
 ROPE = gl.constexpr(64)
-SEQS = gl.constexpr(128)  # sequences looked at in a step
+FACTOR = gl.constexpr(3)  # of the statistics: until consumer 1 publishes, what turns dots into scores
 
 
 class Buffers(NamedTuple):
@@ -36,6 +36,16 @@ class Barriers(NamedTuple):
     finished: Any  # all tiles of a segment, by both consumers
 
 
+class Lengths(NamedTuple):
+    """Keys and queries of all sequences."""
+
+    seq_lens_ptr: Any
+    cu_seqlens_q_ptr: Any
+    num_seqs: Any
+    capacity: Any  # keys that a row of the page table has room for
+    num_q_tokens: Any
+
+
 class Line(NamedTuple):
     """A part of the line of `kvq_core.kernels.segments`."""
 
@@ -43,11 +53,7 @@ class Line(NamedTuple):
     first_tile: Any  # of ``seq``
     tile: Any
     last_tile: Any  # of the part, exclusive
-    seq_lens_ptr: Any
-    cu_seqlens_q_ptr: Any
-    num_seqs: Any
-    capacity: Any
-    num_q_tokens: Any
+    lengths: Any
 
 
 @gluon.jit
@@ -98,10 +104,16 @@ def make_barriers(S: gl.constexpr):
 
 
 @gluon.jit
+def keys_of_sequences(seq, lengths, S: gl.constexpr):
+    """`kvq_core.kernels.segments.keys_of`."""
+    exists = seq < lengths.num_seqs
+    return keys_of(seq, exists, lengths.seq_lens_ptr, lengths.cu_seqlens_q_ptr, lengths.capacity, S)
+
+
+@gluon.jit
 def keys_of_segment(line, S: gl.constexpr):
     """The keys of the part that are of the sequence at hand: first, end, and the end of the sequence's."""
-    exists = line.seq < line.num_seqs
-    _, seq_end = keys_of(line.seq, exists, line.seq_lens_ptr, line.cu_seqlens_q_ptr, line.capacity, S)
+    _, seq_end = keys_of_sequences(line.seq, line.lengths, S)
     start = ((line.tile - line.first_tile) * S.tile).to(gl.int32)
     end = gl.minimum((line.last_tile - line.first_tile) * S.tile, seq_end.to(gl.int64)).to(gl.int32)
     return start, end, seq_end
@@ -111,22 +123,13 @@ def keys_of_segment(line, S: gl.constexpr):
 def next_segment(line, seq_end, S: gl.constexpr):
     """The line from the first tile of the next sequence."""
     tile = line.first_tile + gl.cdiv(seq_end, S.tile)
-    return Line(
-        line.seq + 1,
-        tile,
-        tile,
-        line.last_tile,
-        line.seq_lens_ptr,
-        line.cu_seqlens_q_ptr,
-        line.num_seqs,
-        line.capacity,
-        line.num_q_tokens,
-    )
+    return Line(line.seq + 1, tile, tile, line.last_tile, line.lengths)
 
 
 @gluon.jit
 def rows_of_query(line, row, S: gl.constexpr):
     """Token of the query of the sequence at hand, and which heads of it exist."""
-    token, num_queries = queries_of(line.seq, line.seq < line.num_seqs, line.cu_seqlens_q_ptr, S)
-    exists = (num_queries > 0) & (token >= 0) & (token < line.num_q_tokens)
+    lengths = line.lengths
+    token, num_queries = queries_of(line.seq, line.seq < lengths.num_seqs, lengths.cu_seqlens_q_ptr, S)
+    exists = (num_queries > 0) & (token >= 0) & (token < lengths.num_q_tokens)
     return token, (row < S.group) & exists
