@@ -30,6 +30,10 @@ _FLOAT32_WARPS = 4
 # kvq_core.kernels.groups: keys of a tile, and of one tile for each of two consumers.
 _GROUPS_KEYS = 64
 _GROUPS_TILE = 2 * _GROUPS_KEYS
+# Probabilities are up to 2^_P_SHIFT in float16, of which that leaves half the exponents for those of other keys. Groups
+# raise maxima late, and have probabilities that are up to 2^8 times as large.
+_P_SHIFT = 14.0
+_GROUPS_P_SHIFT = 7.0
 
 
 @cached
@@ -71,7 +75,7 @@ def plan_mla_attention(layout: MLALayout, call: AttentionCall, device: DeviceFac
         k_parts=1,
         v_parts=shape.parts,
         late_sums=False,
-        p_shift=14.0 if operands.latent == "float16" else 0.0,
+        p_shift=_p_shift(shape, operands),
         normalize_q=operands.latent == "float16" and q.dtype == "bfloat16",
         sm_scale=float(call.score_scale),
         causal=call.causal,
@@ -171,6 +175,12 @@ def _takes_groups(shape: _Shape, operands: _Operands, records: RecordSpec, devic
         and math.gcd(latent.align, rope.align) % 16 == 0
         and not latent.is_wide
     )
+
+
+def _p_shift(shape: _Shape, operands: _Operands) -> float:
+    if operands.latent != "float16":
+        return 0.0
+    return _GROUPS_P_SHIFT if shape.kernel == "attend_mla_groups" else _P_SHIFT
 
 
 def _fit(shape: _Shape, layout: MLALayout, operands: _Operands, device: DeviceFacts) -> _Shape:

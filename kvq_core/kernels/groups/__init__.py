@@ -14,6 +14,8 @@ the tiles of one consumer. Its halves, the columns below 256 and those above, ar
 0 is the last that reads the lower half, consumer 1 the upper. That two groups share out the columns and alternate tiles
 is the "seesaw" schedule of FlashMLA.
 
+Sums are scaled where a maximum has grown by 2^8 and more, not in every tile, as FlashAttention-4 does it.
+
 Arithmetic, masks and segments are those of `kvq_core.kernels.latent` and `kvq_core.kernels.mla`.
 """
 

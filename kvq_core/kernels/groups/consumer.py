@@ -10,12 +10,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kvq_core.kernels.decode import partial_lse
-from kvq_core.kernels.groups.shared import FACTOR, HALF, KEYS, ROWS, keys_of_segment, next_segment, rows_of_query
+from kvq_core.kernels.groups.shared import (
+    FACTOR,
+    HALF,
+    KEYS,
+    LAZY,
+    ROWS,
+    keys_of_segment,
+    next_segment,
+    rows_of_query,
+)
 
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
 SCORE_ROWS = gl.constexpr(gl.SliceLayout(1, SCORES.value))
 SCORE_KEYS = gl.constexpr(gl.SliceLayout(0, SCORES.value))
+IN_EVERY_WARP = gl.constexpr(gl.BlockedLayout([ROWS.value // 32], [32], [4], [0]))
 
 
 @gluon.jit
@@ -103,14 +113,15 @@ def _scores(bufs, barriers, turn, W: gl.constexpr, S: gl.constexpr):
 def _softmax(s, m, factor, left, bufs, W: gl.constexpr, S: gl.constexpr):
     """One step of the online softmax over a tile of which ``left`` keys exist.
 
-    Returns probabilities (times their row scales), what scales older sums, and the new maximum.
+    Returns probabilities (times their row scales), what scales older sums, and what stands for the maximum.
     """
     x = s * factor[:, None]
     if S.records.v.per_token_head:
         x = x + bufs.scales.index(3 * W + 1).load(SCORE_KEYS)[None, :]
     if left < KEYS:
         x = gl.where((gl.arange(0, KEYS, layout=SCORE_KEYS) < left)[None, :], x, float("-inf"))
-    m_new = gl.maximum(m, gl.max(x, 1))
+    largest = gl.max(x, 1)
+    m_new = gl.where(largest > m + LAZY, largest, m)
     m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)
     return gl.exp2(x - (m_safe - S.p_shift)[:, None]), gl.exp2(m - m_safe), m_new
 
@@ -136,7 +147,8 @@ def _publish(p, m, alpha, bufs, barriers, W: gl.constexpr):
 def _add_own(acc, p, alpha, bufs, barriers, W: gl.constexpr):
     """Add one's own tile, and free the half of its stage that belongs to these columns."""
     v = bufs.latent[W].index(W)
-    acc = _scale_rows(acc, alpha)
+    if _any_scaled(bufs, W):
+        acc = _scale_rows(acc, alpha)
     operand = gl.convert_layout(p.to(v.dtype), gl.DotOperandLayout(0, SUMS, 2), assert_trivial=True)
     acc = warpgroup_mma(operand, v, acc, is_async=True)
     acc, operand = warpgroup_mma_wait(0, deps=[acc, operand])
@@ -155,11 +167,19 @@ def _add_others(acc, l, bufs, barriers, turn, W: gl.constexpr, S: gl.constexpr):
         fence_async_shared()
     m = bufs.stats.index(2 * OTHER).load(SCORE_ROWS)
     alpha = bufs.stats.index(2 * OTHER + 1).load(SCORE_ROWS)
-    acc = _scale_rows(acc, alpha)
+    if _any_scaled(bufs, OTHER):
+        acc = _scale_rows(acc, alpha)
     acc = warpgroup_mma(bufs.p, bufs.latent[W].index(OTHER), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(barriers.empty.index(2 * OTHER + W), count=1)
     return acc, m, l * alpha
+
+
+@gluon.jit
+def _any_scaled(bufs, W: gl.constexpr):
+    """Whether the tile of consumer ``W`` raised the maximum of a row."""
+    alpha = bufs.stats.index(2 * W + 1).load(IN_EVERY_WARP)
+    return gl.max((alpha != 1.0).to(gl.int32), 0) != 0
 
 
 @gluon.jit

@@ -9,6 +9,7 @@ from kvq_core.kernels.groups.producer import produce
 from kvq_core.kernels.groups.shared import (
     HALF,
     KEYS,
+    LAZY,
     ROPE,
     ROWS,
     Lengths,
@@ -41,6 +42,7 @@ def attend_mla_groups(
     gl.static_assert(S.rows == ROWS and S.queries == 1 and S.tile == 2 * KEYS)
     gl.static_assert(S.records.v.head_dim == 2 * HALF and S.records.k.head_dim == ROPE)
     gl.static_assert(S.records.page_size % KEYS == 0)
+    gl.static_assert(S.v_operand != "float16" or S.p_shift + LAZY < 16)
     pid = gl.program_id(0)
     block = pid % S.row_blocks
     program = (pid // S.row_blocks).to(gl.int64)

@@ -11,8 +11,6 @@ from kvq_core.kernels.groups.codec import decode_words
 from kvq_core.kernels.groups.queries import store_queries
 from kvq_core.kernels.groups.shared import HALF, KEYS, ROPE, keys_of_segment, next_segment
 
-CHUNKS = gl.constexpr(8)  # of the codes of a tile, each decoded at once
-DEPTH = gl.constexpr(4)  # chunks that are loaded ahead
 TWO_NANS = gl.constexpr(0x7FC07FC0)  # in bfloat16 and in float16
 WORDS = gl.constexpr(gl.NVMMASharedLayout(128, 32))  # 16-bit operands seen as words of two
 CODES = gl.constexpr(gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0]))  # rows as words of four codes
@@ -37,6 +35,14 @@ class Tile(NamedTuple):
     in_pool: Any
 
 
+class Ahead(NamedTuple):
+    """What is on its way: a tile, the codes of its lower half, and in per-token-head modes its row scales."""
+
+    tile: Any
+    codes: Any
+    scale: Any
+
+
 @gluon.jit
 def produce(bufs, barriers, line, queries, pool, S: gl.constexpr):
     """All segments of a part."""
@@ -46,8 +52,8 @@ def produce(bufs, barriers, line, queries, pool, S: gl.constexpr):
     while line.tile < line.last_tile:
         start, end, seq_end = keys_of_segment(line, S)
         if start < end:
-            store_queries(bufs, barriers, line, queries, segments_done & 1, S)
             table = Table(pages_ptr, page_table_ptr + line.seq.to(gl.int64) * max_pages, num_pages, max_pages)
+            store_queries(bufs, barriers, line, queries, segments_done & 1, S)
             if S.records.v.code_bytes == 1:
                 _decode_tiles(bufs, barriers, table, start, end, pairs_done, S)
             else:
@@ -86,6 +92,42 @@ def _word_ptrs(
     ptrs = table.pages_ptr.to(gl.pointer_type(gl.int32), bitcast=True) + base
     ptrs = ptrs + (row[:, None] * (SIDE.slot_stride // 4) + column[None, :])
     return ptrs + FIRST
+
+
+@gluon.jit
+def _prefetch_tile(table, page, first, end, S: gl.constexpr):
+    """Bring the tile from ``first`` into the L2 cache. Few loads fit into registers: there they are short."""
+    LATENT: gl.constexpr = S.records.v
+    ROPE_PART: gl.constexpr = S.records.k
+    tile = _find_tile(page, table, first, S)
+    base = table.pages_ptr + tile.record
+    if first < end:
+        _prefetch(base + (LATENT.codes + tile.offset * LATENT.slot_stride), KEYS * LATENT.slot_stride)
+        _prefetch(base + (ROPE_PART.codes + tile.offset * ROPE_PART.slot_stride), KEYS * ROPE_PART.slot_stride)
+        if LATENT.per_token_head:
+            _prefetch(base + (LATENT.scales + tile.offset * LATENT.scale_slot_stride), KEYS * LATENT.scale_slot_stride)
+
+
+@gluon.jit
+def _prefetch(ptr, BYTES: gl.constexpr):
+    gl.inline_asm_elementwise(
+        """
+        {
+        .reg .pred is_first;
+        .reg .b32 thread;
+        mov.u32 thread, %tid.x;
+        and.b32 thread, thread, 127;
+        setp.eq.u32 is_first, thread, 0;
+        @is_first cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }
+        """,
+        "=r,l,r",
+        [ptr, gl.to_tensor(BYTES)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 # bfloat16: asynchronous copies, 16 bytes a thread.
@@ -131,8 +173,8 @@ def _copy_rope(bufs, barriers, table, tile, W: gl.constexpr, S: gl.constexpr):
     async_copy.mbarrier_arrive(barriers.ready.index(4 + W), increment_count=False)
 
 
-# 8 bits: chunks of codes wait in registers, DEPTH at a time, and are decoded and stored as soon as there is room.
-# Everything moves in words of 32 bits: a single byte would take a whole register.
+# 8 bits: the codes of a half wait in registers until there is room. Everything moves in words of 32 bits: a single byte
+# would take a whole register.
 
 
 @gluon.jit
@@ -140,71 +182,62 @@ def _decode_tiles(bufs, barriers, table, start, end, pairs_done, S: gl.constexpr
     """Decode latents, and rope parts that have 8 bits, of keys ``start`` to ``end``."""
     tile = _find_tile(_load_page_id(table, start, S), table, start, S)
     next_page = _load_page_id(table, start + KEYS, S)
-    pending = ()
-    for i in gl.static_range(DEPTH):
-        pending = pending + (_load_chunk(table, tile, i, S),)
+    ahead = Ahead(tile, _load_half(table, tile, 0, S), _load_scales(table, tile, end - start, S))
     for pair in range(gl.cdiv(end - start, S.tile)):
         phase = (pairs_done + pair) & 1
         for W in gl.static_range(2):
             first = start + pair * S.tile + W * KEYS
             page = next_page
             next_page = _load_page_id(table, first + 2 * KEYS, S)
-            tile, pending = _decode_tile(bufs, barriers, table, tile, page, pending, first, end, phase, W, S)
+            _prefetch_tile(table, page, first + KEYS, end, S)
+            ahead = _decode_tile(bufs, barriers, table, ahead, page, first, end, phase, W, S)
 
 
 @gluon.jit
-def _decode_tile(bufs, barriers, table, tile, next_page, pending, first, end, phase, W: gl.constexpr, S: gl.constexpr):
-    """Decode the tile of stage ``W``. Returns the next tile, and the chunks of it that are on their way."""
-    R: gl.constexpr = S.records
-    LATENT: gl.constexpr = R.v
-    ROPE_PART: gl.constexpr = R.k
-    MODE: gl.constexpr = R.v.mode  # of the rope part too, where that has 8 bits
-    PER_HALF: gl.constexpr = CHUNKS // 2
-    COUNT: gl.constexpr = KEYS // PER_HALF
+def _decode_tile(bufs, barriers, table, ahead, next_page, first, end, phase, W: gl.constexpr, S: gl.constexpr):
+    """Decode the tile of stage ``W``. Returns what is on its way of the next.
+
+    Loads follow the fences: a fence waits for all that is on its way.
+    """
+    ROPE_PART: gl.constexpr = S.records.k
+    MODE: gl.constexpr = S.records.v.mode  # of the rope part too, where that has 8 bits
     left = end - first
-    if R.v.per_token_head:
-        scale = _load_scales(table, tile, left, LATENT)
-    next_tile = tile
-    for half in gl.static_range(2):
-        words = bufs.latent[half]._reinterpret(gl.int32, [2, KEYS, HALF // 2], WORDS).index(W)
-        mbarrier.wait(barriers.empty.index(2 * W + half), phase ^ 1)
-        if half == 0:
-            next_tile = _find_tile(next_page, table, first + KEYS, S)
-            if R.k.code_bytes != 1:
-                _copy_rope(bufs, barriers, table, tile, W, S)
-        elif R.k.code_bytes == 1:
-            rope = gl.load(_word_ptrs(table, tile, 0, KEYS, ROPE // 4, ROPE_CODES, ROPE_PART))
-        for i in gl.static_range(PER_HALF):
-            words.slice(i * COUNT, COUNT, 0).store(decode_words(pending[0], MODE))
-            if half * PER_HALF + i + DEPTH < CHUNKS:
-                codes = _load_chunk(table, tile, half * PER_HALF + i + DEPTH, S)
-            else:
-                codes = _load_chunk(table, next_tile, half * PER_HALF + i + DEPTH - CHUNKS, S)
-            pending = pending[1:] + (codes,)
-        _clear_rows(words, left)
-        if half == 0:
-            fence_async_shared()
-            mbarrier.arrive(barriers.ready.index(2 * W), count=1)
-    if R.v.per_token_head:
-        _store_scales(bufs, scale, W)
-    if R.k.code_bytes == 1:
+    tile = ahead.tile
+    next_tile = _find_tile(next_page, table, first + KEYS, S)
+
+    words = bufs.latent[0]._reinterpret(gl.int32, [2, KEYS, HALF // 2], WORDS).index(W)
+    mbarrier.wait(barriers.empty.index(2 * W), phase ^ 1)
+    words.store(decode_words(ahead.codes, MODE))
+    _clear_rows(words, left)
+    fence_async_shared()
+    mbarrier.arrive(barriers.ready.index(2 * W), count=1)
+    codes = _load_half(table, tile, 1, S)
+    if ROPE_PART.code_bytes == 1:
+        rope_codes = gl.load(_word_ptrs(table, tile, 0, KEYS, ROPE // 4, ROPE_CODES, ROPE_PART))
+    else:
+        _copy_rope(bufs, barriers, table, tile, W, S)
+
+    words = bufs.latent[1]._reinterpret(gl.int32, [2, KEYS, HALF // 2], WORDS).index(W)
+    mbarrier.wait(barriers.empty.index(2 * W + 1), phase ^ 1)
+    if S.records.v.per_token_head:
+        _store_scales(bufs, ahead.scale, W)
+    words.store(decode_words(codes, MODE))
+    _clear_rows(words, left)
+    if ROPE_PART.code_bytes == 1:
         words = bufs.rope._reinterpret(gl.int32, [2, KEYS, ROPE // 2], WORDS).index(W)
-        words.store(gl.where(tile.in_pool, decode_words(rope, MODE), TWO_NANS))
+        words.store(gl.where(tile.in_pool, decode_words(rope_codes, MODE), TWO_NANS))
     fence_async_shared()
     mbarrier.arrive(barriers.ready.index(2 * W + 1), count=1)
-    if R.k.code_bytes == 1:
+    if ROPE_PART.code_bytes == 1:
         mbarrier.arrive(barriers.ready.index(4 + W), count=1)
-    return next_tile, pending
+    return Ahead(next_tile, _load_half(table, next_tile, 0, S), _load_scales(table, next_tile, left - KEYS, S))
 
 
 @gluon.jit
-def _load_chunk(table, tile, CHUNK: gl.constexpr, S: gl.constexpr):
-    """Codes of some rows of one half of the columns, as words of four: [rows, 64]."""
-    PER_HALF: gl.constexpr = CHUNKS // 2
-    COUNT: gl.constexpr = KEYS // PER_HALF
+def _load_half(table, tile, HALF_INDEX: gl.constexpr, S: gl.constexpr):
+    """Codes of one half of the columns of a tile, as words of four: [KEYS, 64]."""
     SIDE: gl.constexpr = S.records.v
-    FIRST: gl.constexpr = CHUNK % PER_HALF * COUNT * (SIDE.slot_stride // 4) + CHUNK // PER_HALF * (HALF // 4)
-    return gl.load(_word_ptrs(table, tile, FIRST, COUNT, HALF // 4, CODES, SIDE))
+    return gl.load(_word_ptrs(table, tile, HALF_INDEX * (HALF // 4), KEYS, HALF // 4, CODES, SIDE))
 
 
 @gluon.jit
@@ -220,12 +253,16 @@ def _clear_rows(words, left):
 
 
 @gluon.jit
-def _load_scales(table, tile, left, SIDE: gl.constexpr):
-    """Row scales of a tile, float32; 0 where there is no key."""
-    token = gl.arange(0, KEYS, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    scale_ptr = table.pages_ptr.to(gl.pointer_type(gl.float32), bitcast=True) + tile.record // 4
-    row = SIDE.scales // 4 + (tile.offset + token) * (SIDE.scale_slot_stride // 4)
-    return gl.load(scale_ptr + row, mask=token < left, other=0.0)
+def _load_scales(table, tile, left, S: gl.constexpr):
+    """Row scales of a tile, float32; 0 where there is no key. In other modes, anything."""
+    SIDE: gl.constexpr = S.records.v
+    scale = left
+    if SIDE.per_token_head:
+        token = gl.arange(0, KEYS, layout=gl.BlockedLayout([1], [32], [4], [0]))
+        scale_ptr = table.pages_ptr.to(gl.pointer_type(gl.float32), bitcast=True) + tile.record // 4
+        row = SIDE.scales // 4 + (tile.offset + token) * (SIDE.scale_slot_stride // 4)
+        scale = gl.load(scale_ptr + row, mask=token < left, other=0.0)
+    return scale
 
 
 @gluon.jit

@@ -12,6 +12,7 @@ ROWS = gl.constexpr(64)  # query heads of a program
 KEYS = gl.constexpr(64)  # of a tile; S.tile is two of them, one for each consumer
 HALF = gl.constexpr(256)  # columns of the latent of one consumer
 ROPE = gl.constexpr(64)
+LAZY = gl.constexpr(8)  # a maximum is raised once a score is 2^LAZY times as probable: older sums are rarely scaled
 FACTOR = gl.constexpr(3)  # of the statistics: until consumer 1 publishes, what turns dots into scores
 
 
