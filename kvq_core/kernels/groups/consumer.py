@@ -39,11 +39,11 @@ def consume(bufs, barriers, line, result, W: gl.constexpr, S: gl.constexpr):
             phase = segments_done & 1
             mbarrier.wait(barriers.queries.index(0), phase)
             acc, m, l = _attend_keys(bufs, barriers, start, end, pairs_done, W, S)
-            # Each has summed up its own tiles. Nobody reads the first two statistics of this segment any more.
-            bufs.stats.index(W).store(l)
+            # Each has summed up its own tiles. The maxima of the other are read by nobody else: sums take their place.
+            bufs.stats.index(2 * (1 - W)).store(l)
             mbarrier.arrive(barriers.finished, count=1)
             mbarrier.wait(barriers.finished, phase)
-            l += bufs.stats.index(1 - W).load(SCORE_ROWS)
+            l += bufs.stats.index(2 * W).load(SCORE_ROWS)
             mbarrier.arrive(barriers.queries.index(1), count=1)
             _store_part(acc, m, l, line, result, W, S)
             pairs_done += gl.cdiv(end - start, S.tile)
