@@ -133,6 +133,7 @@ def _groups():
         "few-heads": {"heads": 33, "k_exponents": MIXED, "v_exponents": MIXED, "sm_scale": 1e-5},
         "q-mixed": {"q_exponents": MIXED, "sm_scale": 1e-5},
         "latent-huge": {"k_exponents": HUGE, "sm_scale": 1e-5},
+        "one-key-wins": {"k_exponents": MIXED, "v_exponents": MIXED, "sm_scale": 1.0},
         "many-parts": {"seqs": ((1, 4000), (1, 31), (1, 2500))},
         "many-sequences": {"heads": 40, "seqs": tuple((1, 3 * i % 11 * 6) for i in range(150))},
         "no-query": {"seqs": ((1, 70), (0, 200), (1, 0), (0, 0), (1, 140)), "ragged": True, "max_seqlen_q": 1},
