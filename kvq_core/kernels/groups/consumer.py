@@ -121,7 +121,8 @@ def _softmax(s, m, factor, left, bufs, W: gl.constexpr, S: gl.constexpr):
     if left < KEYS:
         x = gl.where((gl.arange(0, KEYS, layout=SCORE_KEYS) < left)[None, :], x, float("-inf"))
     largest = gl.max(x, 1)
-    m_new = gl.where(largest > m + LAZY, largest, m)
+    # By the differences whose powers are taken: of huge scores, sums round, and float16 would overflow.
+    m_new = gl.where(largest - (m - S.p_shift) > LAZY + S.p_shift, largest, m)
     m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)
     return gl.exp2(x - (m_safe - S.p_shift)[:, None]), gl.exp2(m - m_safe), m_new
 

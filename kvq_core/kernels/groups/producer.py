@@ -220,7 +220,7 @@ def _decode_tile(bufs, barriers, table, ahead, next_page, first, end, phase, W: 
     words = bufs.latent[1]._reinterpret(gl.int32, [2, KEYS, HALF // 2], WORDS).index(W)
     mbarrier.wait(barriers.empty.index(2 * W + 1), phase ^ 1)
     if S.records.v.per_token_head:
-        _store_scales(bufs, ahead.scale, W)
+        _store_scales(bufs, ahead.scale, W)  # nobody reads the stage's row scales once both halves are empty
     words.store(decode_words(codes, MODE))
     _clear_rows(words, left)
     if ROPE_PART.code_bytes == 1:
