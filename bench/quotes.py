@@ -70,7 +70,7 @@ def documents(run: Report) -> dict[str, tuple[str, ...]]:
         "README.md": (*_first_table(of), *_below_it(of), _count_of_missed_bars(of), *_missed(of), *_advice(of)),
         "bench/README.md": (
             _count_of_missed_bars(of),
-            *_fp8_over_bfloat16(of),
+            _fp8_over_bfloat16(of),
             *_where_time_goes(of),
             *_where_time_of_mla_goes(of),
             *_jax_and_host(of),
@@ -172,7 +172,7 @@ def _missed(of: Figures) -> tuple[str, ...]:
     jax = max(row.timing.median_us / of.us(row.case, row.mode) for row in decodes)
     return (
         f"16 heads: {of.over_peer(few, FP8):.3f} of FlashInfer's time in bfloat16 from fp8",
-        *_fp8_over_bfloat16(of),
+        _fp8_over_bfloat16(of),
         f"{of.tflop_per_s(many, INT8):.0f} TFLOP/s from int8 to {of.tflop_per_s(many, BF16):.0f} from bfloat16, "
         f"FlashInfer {of.tflop_per_s(many, BF16, FLASHINFER):.0f}",
         f"JAX: up to {jax:.2f} of the time",
@@ -181,11 +181,11 @@ def _missed(of: Figures) -> tuple[str, ...]:
     )
 
 
-def _fp8_over_bfloat16(of: Figures) -> tuple[str, ...]:
+def _fp8_over_bfloat16(of: Figures) -> str:
     """A bar of issue 4 that no row carries: its rows are held against FlashInfer."""
     case = "mla 128 heads"
     tensor, token = (of.us(case, mode) / of.us(case, BF16) for mode in (FP8_TENSOR, FP8))
-    return (f"fp8 takes {tensor:.3f} (one scale per layer) and {token:.3f} (per token) of the time of bfloat16",)
+    return f"fp8 takes {tensor:.3f} (one scale per layer) and {token:.3f} (per token) of the time of bfloat16"
 
 
 def _advice(of: Figures) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ from kvq_core.kernels.pages import load_page_ids, record_offsets, row_offsets, s
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Scales from here down (a slot never written has 0) count as this one, so that logarithm and quotient stay finite, and
-# the sum of 2^33 quotients, each times 2^14 (S.p_shift), too.
+# the sum of 2^31 quotients, each times a probability of up to 2^15 (S.p_shift), too.
 MIN_SCALE = tl.constexpr(2.0**-80)
 
 

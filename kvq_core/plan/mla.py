@@ -30,8 +30,8 @@ _FLOAT32_WARPS = 4
 # kvq_core.kernels.groups: keys of a tile, and of one tile for each of two consumers.
 _GROUPS_KEYS = 64
 _GROUPS_TILE = 2 * _GROUPS_KEYS
-# Probabilities are up to 2^_P_SHIFT in float16, of which that leaves half the exponents for those of other keys. Groups
-# raise maxima late, and have probabilities that are up to 2^8 times as large.
+# In float16 the largest probability is 2^_P_SHIFT, so that small ones are normal. Groups raise maxima late (LAZY
+# there), and theirs grow 2^8 times as large, to 2^15.
 _P_SHIFT = 14.0
 _GROUPS_P_SHIFT = 7.0
 

@@ -23,7 +23,8 @@ class Buffers(NamedTuple):
     latent: Any  # the lower half, the upper: each [stage, KEYS, HALF]
     rope: Any  # [stage, KEYS, ROPE]
     p: Any  # [ROWS, KEYS] probabilities: who writes them has read the other consumer's before
-    stats: Any  # [2 * consumer + i, ROWS] float32: i 0, maximum of the rows; i 1, what scales older sums
+    # [2 * consumer + i, ROWS] float32: i 0, maximum of the rows, at last the other's sums; i 1, what scales older ones
+    stats: Any
     scales: Any  # [3 * stage + i, KEYS] float32, per-token-head modes: row scales, their log2, their inverse
 
 
