@@ -27,7 +27,7 @@ class SideSpec:
     scales: int  # offset of the row scales in the record
     scale_slot_stride: int
     align: int  # of every row of codes
-    is_wide: bool  # a record spans more bytes than an int32 counts
+    is_wide: bool  # its fields end further into a record than an int32 counts
     per_token_head: bool
     per_tensor: bool
 
@@ -144,7 +144,7 @@ def record_spec(
             scales=scales.offset,
             scale_slot_stride=strides.slot or scales.row_bytes,
             align=math.gcd(align, codes.offset, slot_stride),
-            is_wide=layout.page_size * slot_stride >= 2**31,
+            is_wide=max(codes.offset, scales.offset) + layout.page_size * slot_stride >= 2**31,
             per_token_head=mode.is_per_token_head,
             per_tensor=mode.is_per_tensor,
         )

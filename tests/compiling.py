@@ -71,13 +71,13 @@ class KernelCall(NamedTuple):
 def record(target: Target, launch: Callable[[], Any]) -> list[KernelCall]:
     """Return what ``launch``, which calls `kvq_torch._triton`, would run on a GPU like ``target``."""
     recorder = _Recorder()
-    with mock.patch.multiple(_triton, kernels=recorder, device_facts=lambda _: target.device), _without_launchers():
+    with mock.patch.multiple(_triton, kernels=recorder, device_facts=lambda _: target.device), without_launchers():
         launch()
     return recorder.calls
 
 
 @contextlib.contextmanager
-def _without_launchers() -> Iterator[None]:
+def without_launchers() -> Iterator[None]:
     """A launcher is known by its device, so those of one target must not meet another, or the device at hand."""
     names = "append_launchers", "gather_launcher", "copy_launcher", "attention_launchers", "mla_launchers"
     caches = [getattr(_triton, f"_{name}") for name in names]

@@ -124,32 +124,38 @@ def _calls():
         yield attention(f"long-prefill-{mode}", layout_of(mode, 64, 512, 64), 16, **long)
 
 
-def _groups():
-    """What `kvq_core.kernels.groups` decodes: tiles of 64 keys, two at a time; ends on every side of them."""
+def _task_groups():
+    """What `kvq_core.kernels.groups` decodes: tiles of 64 keys, one or two at a time; ends on every side of them."""
     ends = tuple((1, length) for length in (0, 1, 63, 64, 65, 127, 128, 129, 0, 300))
     calls = {
         "ends": {"seqs": ends},
-        "wide-pages": {"page": 128, "heads": 200, "seqs": ends[3:]},
-        "few-heads": {"heads": 33, "k_exponents": MIXED, "v_exponents": MIXED, "sm_scale": 1e-5},
+        "wide-pages": {"page": 128, "seqs": ends[3:]},
+        "all-mixed": {"k_exponents": MIXED, "v_exponents": MIXED, "sm_scale": 1e-5},
         "q-mixed": {"q_exponents": MIXED, "sm_scale": 1e-5},
         "latent-huge": {"k_exponents": HUGE, "sm_scale": 1e-5},
         "one-key-wins": {"k_exponents": MIXED, "v_exponents": MIXED, "sm_scale": 1.0},
         "many-parts": {"seqs": ((1, 4000), (1, 31), (1, 2500))},
-        "many-sequences": {"heads": 40, "seqs": tuple((1, 3 * i % 11 * 6) for i in range(150))},
+        "many-sequences": {"seqs": tuple((1, 3 * i % 11 * 6) for i in range(150))},
         "no-query": {"seqs": ((1, 70), (0, 200), (1, 0), (0, 0), (1, 140)), "ragged": True, "max_seqlen_q": 1},
         "negative-scale": {"sm_scale": -0.1},
         "rope-only": {"rope_only": True, "v_exponents": MIXED, "sm_scale": 1e-5},
         "strides": {"strides": "odd", "pool": "shared"},
         "past-the-table": {"spare_columns": -1},
+        "q-float16": {"q_dtype": "float16", "seqs": ends},
     }
     calls |= {damage: {"damage": (damage,)} for damage in ("nan_k", "nan_v", "foreign", "negative")}
-    for mode, (name, call) in itertools.product(MLA_MODES, calls.items()):
-        options = {"heads": 64, "seqs": ((1, 200), (1, 90), (1, 17)), **call}
+    heads = {
+        "many": {"wide-pages": 200, "all-mixed": 33, "many-sequences": 40, "q-float16": 128},
+        "few": {"wide-pages": 1, "all-mixed": 5, "many-sequences": 15, "many-parts": 9}
+        | {"q-mixed": 32, "one-key-wins": 20, "no-query": 25, "nan_k": 32, "foreign": 17},
+    }
+    for count, mode, (name, call) in itertools.product(heads, MLA_MODES, calls.items()):
+        if (count, mode) == ("few", "bfloat16"):
+            continue  # takes the kernel that all GPUs have
+        num_heads = heads[count].get(name, {"many": 64, "few": 16}[count])
+        options = {"seqs": ((1, 200), (1, 90), (1, 17)), **call}
         layout = layout_of(mode, options.pop("page", 64), 512, 64)
-        yield attention(f"groups-{name}-{mode}", layout, **options, tags=GPU)
-    float16 = {"heads": 128, "q_dtype": "float16", "seqs": ends}
-    for mode in MLA_MODES:
-        yield attention(f"groups-q-float16-{mode}", layout_of(mode, 64, 512, 64), **float16, tags=GPU)
+        yield attention(f"task-groups-{count}-heads-{name}-{mode}", layout, num_heads, **options, tags=GPU)
 
 
 APPEND_CASES = tuple(_append_cases())
@@ -160,5 +166,5 @@ ATTENTION_CASES = (
     *_thinned(_amplitudes()),
     *_thinned(_traps()),
     *_calls(),
-    *_groups(),
+    *_task_groups(),
 )

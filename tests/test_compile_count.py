@@ -18,7 +18,8 @@ MLA_LAYOUT = compiling.mla_layout("int8_per_token_head", 64)
 COUNTS = [1, 2, 3, 15, 16, 17, 31, 32, 64, 100, 255, 256, 257, 300, 1000, 1024, 4096, 5000]
 BATCHES = [1, 2, 7, 8, 16, 31, 64, 127, 128, 129, 256, 300]
 WIDTHS = [1, 2, 16, 33, 512, 8192]
-KERNELS = [name for name in vars(kernels) if hasattr(getattr(kernels, name), "arg_names")] + ["attend_mla_groups"]
+IN_GLUON = ["attend_mla_columns", "attend_mla_rows"]
+KERNELS = [name for name in vars(kernels) if hasattr(getattr(kernels, name), "arg_names")] + IN_GLUON
 
 
 def programs(launches) -> list[KernelCall]:
@@ -73,10 +74,11 @@ def test_mla_attention_is_one_program_for_all_batches_and_tables(queries, expect
     assert kernels_of(launches) == expected
 
 
-def test_mla_attention_of_many_heads_is_one_program_for_all_batches_and_tables():
-    layout = compiling.mla_layout("int8_per_token_head", page_size=64)
+@pytest.mark.parametrize(("mode", "kernel"), [("int8_per_token_head", "columns"), ("bfloat16", "rows")])
+def test_mla_attention_of_many_heads_is_one_program_for_all_batches_and_tables(mode, kernel):
+    layout = compiling.mla_layout(mode, page_size=64)
     launches = (compiling.mla_attention(layout, b, w, num_heads=128) for b, w in itertools.product(BATCHES, WIDTHS))
-    assert kernels_of(launches) == ["attend_mla_groups", "merge_segments"]
+    assert kernels_of(launches) == [f"attend_mla_{kernel}", "merge_segments"]
 
 
 def test_row_containers_are_one_program_for_all_sizes():
@@ -133,9 +135,10 @@ def _every_op(num_tokens: int, num_seqs: int, max_pages: int, num_pages: int) ->
     q = torch.zeros((num_seqs, 16, mla_cache.layout.head_dim), dtype=torch.bfloat16, device="cuda")
     mla_attention(q, mla_cache, page_table, seq_lens, sm_scale=0.1)
     mla_attention(q, mla_cache, page_table, seq_lens, sm_scale=0.1, cu_seqlens_q=cu_seqlens_q)
-    mla_cache = KVCache(compiling.mla_layout("int8_per_token_head", page_size=64), num_pages, device="cuda")
-    q = torch.zeros((num_seqs, 40, mla_cache.layout.head_dim), dtype=torch.bfloat16, device="cuda")
-    mla_attention(q, mla_cache, page_table, seq_lens, sm_scale=0.1)
+    for mode in ("int8_per_token_head", "bfloat16"):
+        mla_cache = KVCache(compiling.mla_layout(mode, page_size=64), num_pages, device="cuda")
+        q = torch.zeros((num_seqs, 40, mla_cache.layout.head_dim), dtype=torch.bfloat16, device="cuda")
+        mla_attention(q, mla_cache, page_table, seq_lens, sm_scale=0.1)
 
 
 @pytest.mark.gpu
@@ -144,9 +147,9 @@ def test_triton_compiles_nothing_for_new_counts():
         getattr(kernels, kernel).device_caches.clear()
     _every_op(num_tokens=300, num_seqs=3, max_pages=5, num_pages=9)
     expected = _compiled_kernels()
-    several = {"gather_kv": 2, "merge_segments": 3}  # for a library; of latents of few and of many heads
+    several = {"gather_kv": 2, "merge_segments": 4}  # for a library; of three kinds of latents
     if torch.cuda.get_device_capability() != (9, 0):
-        several |= {"attend_mla_groups": 0, "attend_mla_segments": 2}
+        several |= dict.fromkeys(IN_GLUON, 0) | {"attend_mla_segments": 3}
     assert expected == dict.fromkeys(KERNELS, 1) | several
     for sizes in ((1, 1, 1, 1), (16, 16, 16, 16), (257, 129, 64, 65), (5000, 300, 7, 400)):
         _every_op(*sizes)

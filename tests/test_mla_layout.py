@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from kvq_core import CacheLayout, MLALayout
+from kvq_core.arguments import ArraySpec
 from kvq_core.mla import MLA_MODES, layout_from_fingerprint
+from kvq_core.plan.launch import DeviceFacts, pool_spec
 
 # mode, page size, rank, rope dim, fields (offset, bytes of a row), record
 RECORDS = [
@@ -134,3 +136,13 @@ def test_other_modes_are_not_implemented(mode):
 def test_names_that_are_no_mode_are_refused(mode, message):
     with pytest.raises(ValueError, match=message):
         make_layout(mode)
+
+
+@pytest.mark.parametrize(("page_size", "is_wide"), [(3_728_192, False), (3_728_384, True)])
+def test_a_rope_part_further_into_a_record_than_an_int32_counts_is_addressed_with_64_bits(page_size, is_wide):
+    """The latents of such a record still end before."""
+    layout = MLALayout("fp8_e4m3", page_size=page_size)
+    shape = layout.shape(2)
+    pages = ArraySpec("uint8", shape, (shape[1] * shape[2], shape[2], 1))
+    records = pool_spec(layout.records, pages, DeviceFacts("cuda", 90, 132))
+    assert (records.k.is_wide, records.v.is_wide) == (False, is_wide)

@@ -185,11 +185,14 @@ def test_mla_attention_is_the_same_program(mode, queries, num_heads, jax_program
     assert_same_programs(mla_call(cache, queries=queries, num_heads=num_heads), cache, jax_programs)
 
 
-@pytest.mark.parametrize("mode", ["bfloat16", "int8_per_token_head"])
-def test_mla_attention_of_task_groups_is_the_same_program(mode, jax_programs):
+@pytest.mark.parametrize(
+    ("mode", "num_heads", "kernel"),
+    [("bfloat16", 128, "rows"), ("int8_per_token_head", 128, "columns"), ("fp8_e4m3", 16, "columns")],
+)
+def test_mla_attention_of_task_groups_is_the_same_program(mode, num_heads, kernel, jax_programs):
     cache = compiling.mla_layout(mode, page_size=64)
-    assert_same_programs(mla_call(cache, num_heads=128), cache, jax_programs)
-    assert jax_programs[0][0] == "attend_mla_groups"
+    assert_same_programs(mla_call(cache, num_heads=num_heads), cache, jax_programs)
+    assert jax_programs[0][0] == f"attend_mla_{kernel}"
 
 
 @pytest.mark.parametrize("row_order", ["HND", "NHD"])

@@ -1,7 +1,8 @@
 """The Triton kernels. Each is a plain ``@triton.jit`` function: inputs first, then scalars, outputs last.
 
-One, `attend_mla_groups`, is in Gluon, which the interpreter does not know: plans name it for Hopper only. Gluon is an
-experimental part of Triton, so it is imported when a plan asks for it, and nothing else depends on it.
+Two, `attend_mla_rows` and `attend_mla_columns`, are in Gluon, which the interpreter does not know: plans name them for
+Hopper only. Gluon is an experimental part of Triton, so it is imported when a plan asks for it, and nothing else
+depends on it.
 
 A launch plan (`kvq_core.plan`) names a kernel and holds all a launch needs but the arrays.
 """
@@ -19,8 +20,10 @@ from kvq_core.kernels.mla import attend_mla_segments as attend_mla_segments
 from kvq_core.kernels.prefill import attend_queries as attend_queries
 from kvq_core.kernels.prefill import finish_queries as finish_queries
 
+_IN_GLUON = ("attend_mla_columns", "attend_mla_rows")
+
 
 def __getattr__(name: str) -> object:
-    if name == "attend_mla_groups":
-        return importlib.import_module("kvq_core.kernels.groups").attend_mla_groups
+    if name in _IN_GLUON:
+        return getattr(importlib.import_module("kvq_core.kernels.groups"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

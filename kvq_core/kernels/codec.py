@@ -331,6 +331,32 @@ E4M3_WORD_PTX = tl.constexpr(
         }
         """
 )
+# As above, of the pairs of two rows at a time: a result register holds one byte of each row.
+INT8_PAIRS_PTX = tl.constexpr(
+    """
+        {
+        .reg .b32 t, a, b, c;
+        mov.b32 c, 0x64806480;
+        xor.b32 t, $2, 0x80808080;
+        prmt.b32 a, t, 0x64646464, 0x4240;
+        prmt.b32 b, t, 0x64646464, 0x4341;
+        sub.f16x2 $0, a, c;
+        sub.f16x2 $1, b, c;
+        }
+        """
+)
+E4M3_PAIRS_PTX = tl.constexpr(
+    """
+        {
+        .reg .b32 t;
+        .reg .b16 a, b;
+        prmt.b32 t, $2, 0, 0x3120;
+        mov.b32 {a, b}, t;
+        cvt.rn.f16x2.e4m3x2 $0, a;
+        cvt.rn.f16x2.e4m3x2 $1, b;
+        }
+        """
+)
 
 
 @triton.jit
@@ -359,19 +385,8 @@ def _e4m3_bytes_ptx(codes):
 
 @triton.jit
 def _int8_pairs_ptx(pairs):
-    """As `_int8_bytes_ptx`, on the pairs of two rows at a time: a result register holds one byte of each row."""
     return tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 t, a, b, c;
-        mov.b32 c, 0x64806480;
-        xor.b32 t, $2, 0x80808080;
-        prmt.b32 a, t, 0x64646464, 0x4240;
-        prmt.b32 b, t, 0x64646464, 0x4341;
-        sub.f16x2 $0, a, c;
-        sub.f16x2 $1, b, c;
-        }
-        """,
+        INT8_PAIRS_PTX,
         "=&r,=r,r",
         [pairs],
         dtype=(tl.float16, tl.float16),
@@ -382,18 +397,8 @@ def _int8_pairs_ptx(pairs):
 
 @triton.jit
 def _e4m3_pairs_ptx(pairs):
-    """Bring together the bytes of two rows, convert each two of them in hardware."""
     return tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 t;
-        .reg .b16 a, b;
-        prmt.b32 t, $2, 0, 0x3120;
-        mov.b32 {a, b}, t;
-        cvt.rn.f16x2.e4m3x2 $0, a;
-        cvt.rn.f16x2.e4m3x2 $1, b;
-        }
-        """,
+        E4M3_PAIRS_PTX,
         "=&r,=r,r",
         [pairs],
         dtype=(tl.float16, tl.float16),

@@ -27,9 +27,9 @@ _WARPS_PER_SM = 8  # what fits: each thread uses most of the 255 registers it ca
 _MANY_ROWS = 64
 _FLOAT32_ROWS = 16
 _FLOAT32_WARPS = 4
-# kvq_core.kernels.groups: keys of a tile, and of one tile for each of two consumers.
+# kvq_core.kernels.groups: keys of a tile of one consumer, and rows from which consumers share out columns.
 _GROUPS_KEYS = 64
-_GROUPS_TILE = 2 * _GROUPS_KEYS
+_SHARED_COLUMNS = 32
 # In float16 the largest probability is 2^_P_SHIFT, so that small ones are normal. Groups raise maxima late (LAZY
 # there), and theirs grow 2^8 times as large, to 2^15.
 _P_SHIFT = 14.0
@@ -56,7 +56,7 @@ def plan_mla_attention(layout: MLALayout, call: AttentionCall, device: DeviceFac
     shape = _shape(layout, queries, num_heads, operands, device)
     records = _record_spec(layout, pages, device, least_dim=64 if shape.rows == _MANY_ROWS else 16)
     if _takes_groups(shape, operands, records, device):
-        shape = shape._replace(kernel="attend_mla_groups", tile=_GROUPS_TILE, num_warps=4, num_stages=1)
+        shape = _groups_shape(shape, layout, device)
     else:
         shape = _fit(shape, layout, operands, device)
     spec = AttentionSpec(
@@ -168,19 +168,31 @@ def _takes_groups(shape: _Shape, operands: _Operands, records: RecordSpec, devic
     return (
         device.has_task_groups
         and shape.kernel == "attend_mla_segments"
-        and (shape.rows, shape.queries) == (_MANY_ROWS, 1)
+        and shape.queries == 1
+        and (latent.code_bytes == 1 or shape.rows == _MANY_ROWS)
         and "float32" not in operands
         and (latent.head_dim, rope.head_dim) == (512, 64)
         and records.page_size % _GROUPS_KEYS == 0
         and math.gcd(latent.align, rope.align) % 16 == 0
-        and not latent.is_wide
+        and not (latent.is_wide or rope.is_wide)
+    )
+
+
+def _groups_shape(shape: _Shape, layout: MLALayout, device: DeviceFacts) -> _Shape:
+    """One program a multiprocessor, whose two consumers have tiles of their own, or one tile each of S.tile keys."""
+    return shape._replace(
+        kernel="attend_mla_columns" if layout.mode.bits == 8 else "attend_mla_rows",
+        tile=_GROUPS_KEYS if shape.rows < _SHARED_COLUMNS else 2 * _GROUPS_KEYS,
+        num_warps=4,
+        num_stages=1,
+        programs=max(1, device.num_sms // shape.row_blocks),
     )
 
 
 def _p_shift(shape: _Shape, operands: _Operands) -> float:
     if operands.latent != "float16":
         return 0.0
-    return _GROUPS_P_SHIFT if shape.kernel == "attend_mla_groups" else _P_SHIFT
+    return _GROUPS_P_SHIFT if shape.kernel == "attend_mla_columns" else _P_SHIFT
 
 
 def _fit(shape: _Shape, layout: MLALayout, operands: _Operands, device: DeviceFacts) -> _Shape:

@@ -9,17 +9,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kvq_core.kernels.attend import LOG2E
 from kvq_core.kernels.decode import partial_lse
-from kvq_core.kernels.groups.shared import (
-    FACTOR,
-    HALF,
-    KEYS,
-    LAZY,
-    ROWS,
-    keys_of_segment,
-    next_segment,
-    rows_of_query,
-)
+from kvq_core.kernels.groups.line import KEYS, LAZY, keys_of_segment, next_segment, token_of_query
+from kvq_core.kernels.groups.rows.shared import HALF, ROWS
 
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
@@ -54,7 +47,6 @@ def consume(bufs, barriers, line, result, W: gl.constexpr, S: gl.constexpr):
 @gluon.jit
 def _attend_keys(bufs, barriers, start, end, pairs_done, W: gl.constexpr, S: gl.constexpr):
     """Sums over keys ``start`` to ``end``: of half of the columns, and of the probabilities of one's own tiles."""
-    factor = bufs.stats.index(FACTOR).load(SCORE_ROWS)
     acc = gl.zeros([ROWS, HALF], gl.float32, SUMS)
     m = gl.full([ROWS], float("-inf"), gl.float32, SCORE_ROWS)
     l = gl.zeros([ROWS], gl.float32, SCORE_ROWS)
@@ -62,77 +54,56 @@ def _attend_keys(bufs, barriers, start, end, pairs_done, W: gl.constexpr, S: gl.
         turn = pairs_done + i
         left = end - (start + i * S.tile + W * KEYS)
         if W == 1:
-            acc, m, l = _add_others(acc, l, bufs, barriers, turn, W, S)
-        s = _scores(bufs, barriers, turn, W, S)
-        p, alpha, m = _softmax(s, m, factor, left, bufs, W, S)
+            acc, m, l = _add_others(acc, l, bufs, barriers, turn, W)
+        s = _scores(bufs, barriers, turn, W)
+        p, alpha, m = _softmax(s, m, left, S)
         _publish(p, m, alpha, bufs, barriers, W)
-        l = l * alpha + _sum_rows(p, bufs, W, S)  # the row scales are there until the stage is free
+        l = l * alpha + gl.sum(p, 1)
         acc = _add_own(acc, p, alpha, bufs, barriers, W)
         if W == 0:
-            acc, m, l = _add_others(acc, l, bufs, barriers, turn, W, S)
+            acc, m, l = _add_others(acc, l, bufs, barriers, turn, W)
     return acc, m, l
 
 
 @gluon.jit
-def _scores(bufs, barriers, turn, W: gl.constexpr, S: gl.constexpr):
-    """The dots [ROWS, KEYS] of q with the keys of stage W, those of the latent times its row scales.
+def _scores(bufs, barriers, turn, W: gl.constexpr):
+    """The dots [ROWS, KEYS] of q with the keys of stage W.
 
-    Every step of a dot truncates its sums. Where nothing else rounds as much, two sums take half of the steps each.
+    Every step of a dot truncates its sums, and nothing else rounds as much: two sums take half of the steps each.
     """
-    IS_CODED: gl.constexpr = S.records.v.code_bytes == 1
     phase = turn & 1
     zero = turn >> 30  # always, but the compiler does not know, and keeps no descriptors in registers
-    s = gl.zeros([ROWS, KEYS], gl.float32, SCORES)
-    upper = s
-    for half in gl.static_range(2):
-        mbarrier.wait(barriers.ready.index(2 * W + half), phase)
-        if not IS_CODED:
-            fence_async_shared()  # asynchronous copies: tensor cores see memory through another proxy
-        q = bufs.q[half].index(zero)
-        k = bufs.latent[half].index(W + zero).permute((1, 0))
-        if half == 1 and not IS_CODED:
-            upper = warpgroup_mma(q, k, upper, use_acc=False, is_async=True)
-        else:
-            s = warpgroup_mma(q, k, s, use_acc=half == 1, is_async=True)
-    if S.records.v.per_token_head:
-        s = warpgroup_mma_wait(0, deps=[s])
-        s = s * bufs.scales.index(3 * W).load(SCORE_KEYS)[None, :]
+    lower = gl.zeros([ROWS, KEYS], gl.float32, SCORES)
+    upper = lower
+    # Copies are asynchronous: tensor cores see memory through another proxy, hence the fences.
+    mbarrier.wait(barriers.ready.index(2 * W), phase)
+    fence_async_shared()
+    k = bufs.latent[0].index(W + zero).permute((1, 0))
+    lower = warpgroup_mma(bufs.q[0].index(zero), k, lower, use_acc=False, is_async=True)
+    mbarrier.wait(barriers.ready.index(2 * W + 1), phase)
+    fence_async_shared()
+    k = bufs.latent[1].index(W + zero).permute((1, 0))
+    upper = warpgroup_mma(bufs.q[1].index(zero), k, upper, use_acc=False, is_async=True)
     mbarrier.wait(barriers.ready.index(4 + W), phase)
-    if S.records.k.code_bytes != 1:
-        fence_async_shared()
-    s = warpgroup_mma(bufs.q[2].index(zero), bufs.rope.index(W + zero).permute((1, 0)), s, is_async=True)
-    if IS_CODED:
-        s = warpgroup_mma_wait(0, deps=[s])
-    else:
-        s, upper = warpgroup_mma_wait(0, deps=[s, upper])
-        s = s + upper
-    return s
+    fence_async_shared()
+    lower = warpgroup_mma(bufs.q[2].index(zero), bufs.rope.index(W + zero).permute((1, 0)), lower, is_async=True)
+    lower, upper = warpgroup_mma_wait(0, deps=[lower, upper])
+    return lower + upper
 
 
 @gluon.jit
-def _softmax(s, m, factor, left, bufs, W: gl.constexpr, S: gl.constexpr):
+def _softmax(s, m, left, S: gl.constexpr):
     """One step of the online softmax over a tile of which ``left`` keys exist.
 
-    Returns probabilities (times their row scales), what scales older sums, and what stands for the maximum.
+    Returns probabilities, what scales older sums, and what stands for the maximum.
     """
-    x = s * factor[:, None]
-    if S.records.v.per_token_head:
-        x = x + bufs.scales.index(3 * W + 1).load(SCORE_KEYS)[None, :]
+    x = s * (S.sm_scale * LOG2E)
     if left < KEYS:
         x = gl.where((gl.arange(0, KEYS, layout=SCORE_KEYS) < left)[None, :], x, float("-inf"))
     largest = gl.max(x, 1)
-    # By the differences whose powers are taken: of huge scores, sums round, and float16 would overflow.
-    m_new = gl.where(largest - (m - S.p_shift) > LAZY + S.p_shift, largest, m)
+    m_new = gl.where(largest - m > LAZY, largest, m)
     m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)
-    return gl.exp2(x - (m_safe - S.p_shift)[:, None]), gl.exp2(m - m_safe), m_new
-
-
-@gluon.jit
-def _sum_rows(p, bufs, W: gl.constexpr, S: gl.constexpr):
-    """Sums of the probabilities of each row, without their row scales."""
-    if S.records.v.per_token_head:
-        p = p * bufs.scales.index(3 * W + 2).load(SCORE_KEYS)[None, :]
-    return gl.sum(p, 1)
+    return gl.exp2(x - m_safe[:, None]), gl.exp2(m - m_safe), m_new
 
 
 @gluon.jit
@@ -158,14 +129,13 @@ def _add_own(acc, p, alpha, bufs, barriers, W: gl.constexpr):
 
 
 @gluon.jit
-def _add_others(acc, l, bufs, barriers, turn, W: gl.constexpr, S: gl.constexpr):
+def _add_others(acc, l, bufs, barriers, turn, W: gl.constexpr):
     """Add the other consumer's tile: the new sums, the maximum of the rows up to it, and one's own sums of rows."""
     OTHER: gl.constexpr = 1 - W
     phase = turn & 1
     mbarrier.wait(barriers.published.index(OTHER), phase)
-    if S.records.v.code_bytes != 1:
-        mbarrier.wait(barriers.ready.index(2 * OTHER + W), phase)  # complete already: copies must be visible here too
-        fence_async_shared()
+    mbarrier.wait(barriers.ready.index(2 * OTHER + W), phase)  # complete already: copies must be visible here too
+    fence_async_shared()
     m = bufs.stats.index(2 * OTHER).load(SCORE_ROWS)
     alpha = bufs.stats.index(2 * OTHER + 1).load(SCORE_ROWS)
     if _any_scaled(bufs, OTHER):
@@ -191,18 +161,15 @@ def _scale_rows(acc, factor):
 @gluon.jit
 def _store_part(acc, m, l, line, result, W: gl.constexpr, S: gl.constexpr):
     """Store the part's values of half of the columns, and (consumer 0) its log-sum-exps."""
-    partial_ptr, program, block, k_scale_ptr = result
+    partial_ptr, program, block = result
     part_ptr = partial_ptr + (program + line.seq) * S.part_stride
-    factor = gl.where(l == 0.0, 0.0, 1.0 / l)
-    if S.records.v.per_tensor:
-        factor *= gl.load(k_scale_ptr)
-    out = _scale_rows(acc, factor)
+    out = _scale_rows(acc, gl.where(l == 0.0, 0.0, 1.0 / l))
     row = block * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SUMS))
     column = W * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, SUMS))
-    _, valid = rows_of_query(line, row, S)
+    _, valid = token_of_query(line, row, S)
     gl.store(part_ptr + row[:, None] * (2 * HALF) + column[None, :], out, mask=valid[:, None])
     if W == 0:
-        lse = gl.where(l == 0.0, float("-inf"), m + gl.log2(l) - S.p_shift)
+        lse = gl.where(l == 0.0, float("-inf"), m + gl.log2(l))
         row = block * ROWS + gl.arange(0, ROWS, layout=SCORE_ROWS)
-        _, valid = rows_of_query(line, row, S)
+        _, valid = token_of_query(line, row, S)
         gl.store(partial_lse(part_ptr, S) + row, lse, mask=valid)

@@ -1,0 +1,1 @@
+"""Queries as columns: see `kvq_core.kernels.groups.columns.kernel`."""

@@ -1,0 +1,1 @@
+"""Queries as rows: see `kvq_core.kernels.groups.rows.kernel`."""
