@@ -70,10 +70,10 @@ def test_many_heads_take_the_latent_from_one_tile_and_share_the_scores(mode):
     assert len(values) == loops * 64 // 16
 
 
-def decode_kernel(mode, num_heads, target=SM_90, queries=None, dtype=torch.bfloat16, **layout):
+def decode_kernel(mode, num_heads, target=SM_90, max_pages=512, queries=None, dtype=torch.bfloat16, **layout):
     """The kernel of a decode from pages that hold whole tiles."""
     cache = mla_layout(mode, **{"page_size": 64} | layout)
-    launch = compiling.mla_attention(cache, queries=queries, num_heads=num_heads, dtype=dtype)
+    launch = compiling.mla_attention(cache, 4, max_pages, queries=queries, num_heads=num_heads, dtype=dtype)
     calls = record(target, launch)
     assert calls[1].kernel == "merge_segments"
     return calls[0].kernel.removeprefix("attend_mla_")
@@ -98,6 +98,11 @@ def test_other_decodes_take_the_kernel_that_all_gpus_have():
         assert decode_kernel("fp8_e4m3", num_heads, kv_lora_rank=256) == "segments"
         assert decode_kernel("fp8_e4m3", num_heads, queries=2) == "segments"
         assert decode_kernel("fp8_e4m3", num_heads, target=TARGETS["sm_100"]) == "segments"
+
+
+@pytest.mark.parametrize(("max_pages", "kernel"), [(2**24 - 1, "columns"), (2**24, "segments")])
+def test_a_table_has_room_for_no_more_tiles_than_task_groups_count(max_pages, kernel):
+    assert decode_kernel("fp8_e4m3", 16, max_pages=max_pages) == kernel
 
 
 def task_groups(mode, num_heads):

@@ -29,6 +29,7 @@ _FLOAT32_ROWS = 16
 _FLOAT32_WARPS = 4
 # kvq_core.kernels.groups: keys of a tile of one consumer, and rows from which consumers share out columns.
 _GROUPS_KEYS = 64
+_GROUPS_CAPACITY = 2**30  # keys of a sequence: the tiles of 128 are counted in 32 bits
 _SHARED_COLUMNS = 32
 # In float16 the largest probability is 2^_P_SHIFT, so that small ones are normal. Groups raise maxima late (LAZY
 # there), and theirs grow 2^8 times as large, to 2^15.
@@ -55,7 +56,7 @@ def plan_mla_attention(layout: MLALayout, call: AttentionCall, device: DeviceFac
     operands = _operands(layout, q.dtype, device)
     shape = _shape(layout, queries, num_heads, operands, device)
     records = _record_spec(layout, pages, device, least_dim=64 if shape.rows == _MANY_ROWS else 16)
-    if _takes_groups(shape, operands, records, device):
+    if _takes_groups(shape, operands, records, device) and page_table.shape[1] * layout.page_size < _GROUPS_CAPACITY:
         shape = _groups_shape(shape, layout, device)
     else:
         shape = _fit(shape, layout, operands, device)

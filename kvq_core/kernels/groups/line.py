@@ -35,9 +35,12 @@ class Line(NamedTuple):
 
 @gluon.jit
 def find_line(program, lengths, S: gl.constexpr):
-    """The part of a program: `part_start` and `find_sequence` of `kvq_core.kernels.segments`."""
+    """The part of a program: `part_start` and `find_sequence` of `kvq_core.kernels.segments`.
+
+    Tiles of SEQS sequences are counted in 32 bits: plans see to it that tables have no room for more.
+    """
     first_tiles = _tiles_of_sequences(0, lengths, S)  # most often of all
-    total = gl.sum(first_tiles, 0)
+    total = gl.sum(first_tiles, 0).to(gl.int64)
     for first_seq in range(SEQS, lengths.num_seqs, SEQS):
         total += gl.sum(_tiles_of_sequences(first_seq, lengths, S), 0)
     tile = part_start(program, total, S)
@@ -53,7 +56,7 @@ def find_line(program, lengths, S: gl.constexpr):
 def _tiles_of_sequences(first_seq, lengths, S: gl.constexpr):
     seq = first_seq + gl.arange(0, SEQS, layout=_SEQUENCES)
     start, end = _keys_of_sequences(seq, lengths, S)
-    return gl.cdiv(end - start, S.tile).to(gl.int64)
+    return gl.cdiv(end - start, S.tile)
 
 
 @gluon.jit
@@ -61,7 +64,7 @@ def _skip_sequences(tile, passed, tiles):
     """Of sequences after ``passed`` tiles, those that end up to ``tile``: their number, their tiles; tiles passed."""
     is_before = passed + gl.associative_scan(tiles, 0, _add) <= tile
     skipped = gl.sum(gl.where(is_before, tiles, 0), 0)
-    return gl.sum(is_before.to(gl.int32), 0), skipped, passed + gl.sum(tiles, 0)
+    return gl.sum(is_before.to(gl.int32), 0), skipped.to(gl.int64), passed + gl.sum(tiles, 0)
 
 
 @gluon.jit
