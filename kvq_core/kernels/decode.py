@@ -92,9 +92,10 @@ def merge_segments(
     lse_ptr,  # out float32 [num_q_tokens, num_q_heads]
     S: tl.constexpr,
     PARTS: tl.constexpr,
+    FEW_PARTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Merge COLUMNS columns of the parts of one query of one head, PARTS of them at a time."""
+    """Merge COLUMNS columns of one query of one head: PARTS parts at a time, or FEW_PARTS if these are all."""
     V: tl.constexpr = S.records.v
     CAPS: tl.constexpr = S.records.caps
     COLUMN_BLOCKS: tl.constexpr = (V.head_dim + COLUMNS - 1) // COLUMNS
@@ -116,21 +117,18 @@ def merge_segments(
     acc = tl.full([COLUMNS], 0.0, tl.float32)
     if S.overlap:
         tl.extra.cuda.gdc_wait()
-    for first in range(0, parts, PARTS):
-        part = first + tl.arange(0, PARTS)
-        segment = first_part + part + seq
-        part_ptrs = partial_ptr + (segment * S.records.num_kv_heads + q_head // S.group) * S.part_stride
-        exists = part < parts
-        lse = tl.load(partial_lse(part_ptrs, S) + row, mask=exists, other=float("-inf"))
-        mask = exists[:, None] & (d < V.head_dim)[None, :]
-        partial = tl.load(part_ptrs[:, None] + (row * V.head_dim + d)[None, :], mask=mask, other=0.0)
-        m_new = tl.maximum(m, tl.max(lse, axis=0))
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha = tl.exp2(m - m_safe)
-        weight = tl.exp2(lse - m_safe)
-        l = l * alpha + tl.sum(weight, axis=0)
-        acc = acc * alpha + tl.sum(partial * weight[:, None], axis=0)
-        m = m_new
+    state = (m, l, acc)
+    where = (partial_ptr, first_part, parts, seq, q_head // S.group, row, d)
+    if FEW_PARTS < PARTS:
+        if parts <= FEW_PARTS:
+            state = _merge_parts(state, 0, where, FEW_PARTS, S)
+        else:
+            for first in range(0, parts, PARTS):
+                state = _merge_parts(state, first, where, PARTS, S)
+    else:
+        for first in range(0, parts, PARTS):
+            state = _merge_parts(state, first, where, PARTS, S)
+    m, l, acc = state
     lse = tl.where(l == 0.0, float("-inf"), m + tl.log2(l))
     out = acc * tl.where(l == 0.0, 0.0, 1.0 / l)
     exists = seq < num_seqs
@@ -147,6 +145,28 @@ def merge_segments(
     values = round_for(out_ptr, out + poison, CAPS)
     tl.store(out_ptr + out_row * V.head_dim + d, values, mask=d < V.head_dim)
     tl.store(lse_ptr + out_row, lse * LN2 + poison, mask=column_block == 0)
+
+
+@triton.jit
+def _merge_parts(state, first, where, PARTS: tl.constexpr, S: tl.constexpr):
+    """Merge PARTS parts from ``first`` into maximum, sum of weights and weighted sum of values."""
+    V: tl.constexpr = S.records.v
+    m, l, acc = state
+    partial_ptr, first_part, parts, seq, head, row, d = where
+    part = first + tl.arange(0, PARTS)
+    segment = first_part + part + seq
+    part_ptrs = partial_ptr + (segment * S.records.num_kv_heads + head) * S.part_stride
+    exists = part < parts
+    lse = tl.load(partial_lse(part_ptrs, S) + row, mask=exists, other=float("-inf"))
+    mask = exists[:, None] & (d < V.head_dim)[None, :]
+    partial = tl.load(part_ptrs[:, None] + (row * V.head_dim + d)[None, :], mask=mask, other=0.0)
+    m_new = tl.maximum(m, tl.max(lse, axis=0))
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = tl.exp2(m - m_safe)
+    weight = tl.exp2(lse - m_safe)
+    l = l * alpha + tl.sum(weight, axis=0)
+    acc = acc * alpha + tl.sum(partial * weight[:, None], axis=0)
+    return m_new, l, acc
 
 
 @triton.jit
