@@ -97,7 +97,7 @@ _FAR = 2**30  # a window that hides nothing, and still an int32 when added to a 
 _DECODE_ROWS = 64  # more query rows a KV head than this take the prefill kernel
 _DECODE_WARPS_PER_SM = 8  # what fits: each thread uses nearly all the 255 registers it can have
 _MERGE_PARTS = 16
-_MERGE_FEW_PARTS = 4  # of latents, whose many programs each have fewer of them to merge, if sequences are many
+_MERGE_FEW_PARTS = 4  # of many sequences; 16 at a time are mostly masked then
 _MERGE_COLUMNS = 64
 # From so many rows Hopper's dots take their right operand from shared memory. Narrow ones (less than 128 bytes) are
 # miscompiled by Triton 3.6: it computes negative shared-memory offsets.
@@ -259,9 +259,9 @@ def _plan_merge(spec: AttentionSpec, q: ArraySpec, page_table: ArraySpec) -> Lau
     num_seqs, max_pages = page_table.shape
     num_q_tokens, num_q_heads, _ = q.shape
     head_dim_v = spec.records.v.head_dim
-    is_latent = head_dim_v > 256
-    columns = 2 * _MERGE_COLUMNS if is_latent else _MERGE_COLUMNS  # more programs than fit take turns
-    few_parts = _MERGE_FEW_PARTS if is_latent else _MERGE_PARTS
+    is_wide = head_dim_v > 256  # as latents are: more programs than fit take turns
+    columns = 2 * _MERGE_COLUMNS if is_wide else _MERGE_COLUMNS
+    few_parts = _MERGE_FEW_PARTS if is_wide else _MERGE_PARTS
     return LaunchPlan(
         kernel="merge_segments",
         grid=(num_q_tokens * num_q_heads * math.ceil(head_dim_v / columns), 1, 1),
