@@ -197,11 +197,11 @@ def decode_bytes(codes, MODE: tl.constexpr, CAPS: tl.constexpr):
         if CAPS == "portable":
             values = codes.to(tl.int8, bitcast=True).to(tl.float16)
         else:
-            values = _int8_bytes_ptx(codes)
+            values = _convert_bytes(codes, INT8_WORD_PTX)
     elif MODE == "fp8_e5m2":
         values = (codes.to(tl.uint16) << 8).to(tl.float16, bitcast=True)  # float16 with the mantissa cut to two bits
     elif CAPS == "ptx_fp8":
-        values = _e4m3_bytes_ptx(codes)
+        values = _convert_bytes(codes, E4M3_WORD_PTX)
     else:
         values = _e4m3_bytes_portable(codes)
     return values
@@ -211,11 +211,11 @@ def decode_bytes(codes, MODE: tl.constexpr, CAPS: tl.constexpr):
 def decode_pairs(pairs, MODE: tl.constexpr, CAPS: tl.constexpr):
     """int16, each two neighbouring codes of one row, to two float16 tensors: the lower bytes and the upper, exactly."""
     if MODE == "int8_per_token_head" and CAPS != "portable":
-        values = _int8_pairs_ptx(pairs)
+        values = _convert_pairs(pairs, INT8_PAIRS_PTX)
     elif MODE == "fp8_e5m2" and CAPS != "portable":
-        values = _e5m2_pairs_ptx(pairs)
+        values = _convert_pairs(pairs, E5M2_PAIRS_PTX)
     elif MODE != "int8_per_token_head" and CAPS == "ptx_fp8":
-        values = _e4m3_pairs_ptx(pairs)
+        values = _convert_pairs(pairs, E4M3_PAIRS_PTX)
     else:
         values = (
             decode_bytes((pairs & 0xFF).to(tl.uint8), MODE, CAPS),
@@ -357,67 +357,21 @@ E4M3_PAIRS_PTX = tl.constexpr(
         }
         """
 )
-
-
-@triton.jit
-def _int8_bytes_ptx(codes):
-    return tl.inline_asm_elementwise(
-        INT8_WORD_PTX,
-        "=r,=r,r",
-        [codes],
-        dtype=tl.float16,
-        is_pure=True,
-        pack=4,
-    )
-
-
-@triton.jit
-def _e4m3_bytes_ptx(codes):
-    return tl.inline_asm_elementwise(
-        E4M3_WORD_PTX,
-        "=r,=r,r",
-        [codes],
-        dtype=tl.float16,
-        is_pure=True,
-        pack=4,
-    )
-
-
-@triton.jit
-def _int8_pairs_ptx(pairs):
-    return tl.inline_asm_elementwise(
-        INT8_PAIRS_PTX,
-        "=&r,=r,r",
-        [pairs],
-        dtype=(tl.float16, tl.float16),
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.jit
-def _e4m3_pairs_ptx(pairs):
-    return tl.inline_asm_elementwise(
-        E4M3_PAIRS_PTX,
-        "=&r,=r,r",
-        [pairs],
-        dtype=(tl.float16, tl.float16),
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.jit
-def _e5m2_pairs_ptx(pairs):
-    """A byte in the upper half of a float16 is its value."""
-    return tl.inline_asm_elementwise(
-        """
+# A byte in the upper half of a float16 is its value.
+E5M2_PAIRS_PTX = tl.constexpr(
+    """
         prmt.b32 $0, $2, 0, 0x2404;
         prmt.b32 $1, $2, 0, 0x3414;
-        """,
-        "=&r,=r,r",
-        [pairs],
-        dtype=(tl.float16, tl.float16),
-        is_pure=True,
-        pack=2,
-    )
+        """
+)
+
+
+@triton.jit
+def _convert_bytes(codes, PTX: tl.constexpr):
+    return tl.inline_asm_elementwise(PTX, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
+
+
+@triton.jit
+def _convert_pairs(pairs, PTX: tl.constexpr):
+    HALVES: tl.constexpr = (tl.float16, tl.float16)
+    return tl.inline_asm_elementwise(PTX, "=&r,=r,r", [pairs], dtype=HALVES, is_pure=True, pack=2)
