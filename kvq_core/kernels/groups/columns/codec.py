@@ -45,15 +45,19 @@ V_VIEW = gl.constexpr(
         + [[8, 1], [16, 2], [32, 4], [0, 8], [0, 16], [0, 32]]
     )
 )
-V_LOADED = gl.constexpr(
-    gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 8], [0, 16], [0, 32]],
+
+
+@gluon.constexpr_function
+def v_loaded(keys):
+    """Of pairs of codes of a chunk and 32 or 64 keys."""
+    reg_bases = [[0, 1], [0, 8], [0, 16], [0, 32]]
+    return gl.DistributedLinearLayout(
+        reg_bases=reg_bases if keys == KEYS else reg_bases[:3],
         lane_bases=[[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
         warp_bases=[[8, 0], [16, 0]],
         block_bases=[],
-        shape=[32, 64],
+        shape=[CHUNK // 2, keys],
     )
-)
 
 
 @gluon.jit
@@ -81,10 +85,10 @@ def load_k(tile, CHUNK_INDEX: gl.constexpr):
 
 
 @gluon.jit
-def load_v(tile, CHUNK_INDEX: gl.constexpr):
-    """Pairs of codes of a chunk [CHUNK / 2, KEYS]."""
+def load_v(tile, CHUNK_INDEX: gl.constexpr, PART: gl.constexpr, SIZE: gl.constexpr):
+    """Pairs of codes of a chunk, of a part of the keys [CHUNK / 2, SIZE]."""
     view = tile._reinterpret(gl.int16, [RANK // 2, KEYS], V_VIEW)
-    return view.slice(CHUNK_INDEX * (CHUNK // 2), CHUNK // 2, 0).load(V_LOADED)
+    return view.slice(CHUNK_INDEX * (CHUNK // 2), CHUNK // 2, 0).slice(PART * SIZE, SIZE, 1).load(v_loaded(SIZE))
 
 
 @gluon.jit

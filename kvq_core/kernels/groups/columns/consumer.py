@@ -71,10 +71,9 @@ def _attend_tiles(bufs, barriers, start, end, tiles_done, W: gl.constexpr, S: gl
             acc = scale_chunks(acc, alpha, CHUNKS)
         p = gl.exp2(x - m[None, :])
         l = add_probabilities(l, p, bufs, stage, S)
-        bufs.p[W].index(0).store(p.to(gl.float16))
+        bufs.p.index(W).store(p.to(gl.float16))
         fence_async_shared()
-        acc = add_values(acc, bufs.p[W].index(turn >> 30), bufs, stage, 0, S)
-        mbarrier.arrive(barriers.empty.index(stage), count=1)
+        acc = add_values(acc, bufs.p.index(W + (turn >> 30)), bufs, barriers, stage, 0, S)
     return acc, m, l
 
 
@@ -104,15 +103,14 @@ def _attend_columns(bufs, barriers, start, end, tiles_done, W: gl.constexpr, S: 
             acc, l = _follow(acc, l, bufs, barriers, turn - 1, W, S)
         l, raised = _publish(x, l, bufs, barriers, turn, W, S)
         if W == 1 or i > 0:
-            acc = _add_others(acc, bufs, barriers, turn - 1, W, S)
+            acc = _add_half(acc, bufs, barriers, turn - 1, W, S)
         if raised:
             acc = scale_chunks(acc, bufs.alphas.index(W).load(gl.SliceLayout(0, DOT)), CHUNKS // 2)
-        acc = add_values(acc, bufs.p[W].index(turn >> 30), bufs, stage, W * (CHUNKS // 2), S)
-        mbarrier.arrive(barriers.empty.index(stage), count=1)
+        acc = _add_half(acc, bufs, barriers, turn, W, S)
     if W == 0:
         last = tiles_done + 2 * pairs - 1
         acc, l = _follow(acc, l, bufs, barriers, last, W, S)
-        acc = _add_others(acc, bufs, barriers, last, W, S)
+        acc = _add_half(acc, bufs, barriers, last, W, S)
     return acc, l
 
 
@@ -141,10 +139,7 @@ def _publish(x, l, bufs, barriers, turn, W: gl.constexpr, S: gl.constexpr):
         l = scale_probabilities(l, alpha)
     p = gl.exp2(x - m[None, :])
     l = add_probabilities(l, p, bufs, turn % STAGES, S)
-    # Once both have added the tile two turns before, its probabilities can go. Before the first there is none.
-    last = turn - 2 + STAGES
-    mbarrier.wait(barriers.empty.index(last % STAGES), (last // STAGES & 1) ^ 1, pred=turn >= 2)
-    bufs.p[W].index(0).store(p.to(gl.float16))
+    bufs.p.index(turn % STAGES).store(p.to(gl.float16))
     bufs.raised.index(W).store(gl.full([1], 0, gl.int32, FLAG) + raised.to(gl.int32))
     fence_async_shared()
     mbarrier.arrive(barriers.published.index(W), count=1)
@@ -152,10 +147,8 @@ def _publish(x, l, bufs, barriers, turn, W: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.jit
-def _add_others(acc, bufs, barriers, turn, W: gl.constexpr, S: gl.constexpr):
-    """Add the values of the other's tile ``turn``."""
+def _add_half(acc, bufs, barriers, turn, W: gl.constexpr, S: gl.constexpr):
+    """Add the values of a tile of which both consumers know the probabilities, half of the columns each."""
     STAGES: gl.constexpr = stages_of(S)
     stage = turn % STAGES
-    acc = add_values(acc, bufs.p[1 - W].index(turn >> 30), bufs, stage, W * (CHUNKS // 2), S)
-    mbarrier.arrive(barriers.empty.index(stage), count=1)
-    return acc
+    return add_values(acc, bufs.p.index(stage), bufs, barriers, stage, W * (CHUNKS // 2), S)

@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
-from kvq_core.kernels.groups.columns.shared import RANK, ROPE, shares_columns, stages_of
+from kvq_core.kernels.groups.columns.shared import RANK, ROPE, parts_of, shares_columns, stages_of
 from kvq_core.kernels.groups.line import KEYS, keys_of_segment, next_segment
 from kvq_core.kernels.groups.tiles import find_tile, load_page_id, prefetch_tile, scale_ptrs, table_of, word_ptrs
 
@@ -30,6 +30,7 @@ def produce(bufs, barriers, line, pool, S: gl.constexpr):
 @gluon.jit
 def _copy_tiles(bufs, barriers, table, start, end, tiles, tiles_done, S: gl.constexpr):
     STAGES: gl.constexpr = stages_of(S)
+    PARTS: gl.constexpr = parts_of(S)
     next_page = load_page_id(table, start, S)
     for i in range(tiles):
         first = start + i * KEYS
@@ -39,19 +40,32 @@ def _copy_tiles(bufs, barriers, table, start, end, tiles, tiles_done, S: gl.cons
         stage = turn % STAGES
         if shares_columns(S):  # else memory is what takes the time, and tiles are on their way early enough
             prefetch_tile(table, next_page, first + KEYS, end, S)
-        mbarrier.wait(barriers.empty.index(stage), (turn // STAGES & 1) ^ 1)
-        _copy_latents(bufs, table, tile, stage, end - first, S)
+        for part in gl.static_range(PARTS):
+            mbarrier.wait(barriers.empty.index(stage * PARTS + part), (turn // STAGES & 1) ^ 1)
+            _copy_latents(bufs, table, tile, stage, end - first, part, S)
+        _copy_scales(bufs, table, tile, stage, S)
         _copy_rope(bufs, table, tile, stage, S)
         async_copy.mbarrier_arrive(barriers.ready.index(stage), increment_count=False)
 
 
 @gluon.jit
-def _copy_latents(bufs, table, tile, stage, left, S: gl.constexpr):
-    """Start copying latents and row scales. Latents of no key are cleared: probabilities are 0, but 0 * NaN is NaN."""
+def _copy_latents(bufs, table, tile, stage, left, PART: gl.constexpr, S: gl.constexpr):
+    """Start copying latents of a part of a tile of which ``left`` keys exist.
+
+    Latents of no key are cleared: probabilities are 0, but 0 * NaN is NaN.
+    """
     LATENT: gl.constexpr = S.records.v
-    ptrs = word_ptrs(table, tile, RANK // 4, LATENT_WORDS, LATENT)
-    exists = gl.arange(0, KEYS, layout=gl.SliceLayout(1, LATENT_WORDS)) < left
-    async_copy.async_copy_global_to_shared(bufs.codes.index(stage), ptrs, mask=exists[:, None])
+    SIZE: gl.constexpr = KEYS // parts_of(S)
+    ptrs = word_ptrs(table, tile, PART * SIZE, SIZE, RANK // 4, LATENT_WORDS, LATENT)
+    exists = PART * SIZE + gl.arange(0, SIZE, layout=gl.SliceLayout(1, LATENT_WORDS)) < left
+    words = bufs.codes.index(stage).slice(PART * SIZE, SIZE, 0)
+    async_copy.async_copy_global_to_shared(words, ptrs, mask=exists[:, None])
+
+
+@gluon.jit
+def _copy_scales(bufs, table, tile, stage, S: gl.constexpr):
+    """Start copying row scales, if there are any."""
+    LATENT: gl.constexpr = S.records.v
     if LATENT.per_token_head:
         ptrs = scale_ptrs(table, tile, SCALES, LATENT)
         async_copy.async_copy_global_to_shared(bufs.scales.index(stage), ptrs)
@@ -65,7 +79,7 @@ def _copy_rope(bufs, table, tile, stage, S: gl.constexpr):
     NANS: gl.constexpr = 0x7F7F7F7F if SIDE.code_bytes == 1 else 0x7FC07FC0
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [128 // WORDS, WORDS // 4], [4, 1], [1, 0])
     words = bufs.rope.index(stage)
-    ptrs = word_ptrs(table, tile, WORDS, LAYOUT, SIDE)
+    ptrs = word_ptrs(table, tile, 0, KEYS, WORDS, LAYOUT, SIDE)
     async_copy.async_copy_global_to_shared(words, ptrs, mask=tile.in_pool)
     if not tile.in_pool:
         async_copy.commit_group()

@@ -35,6 +35,12 @@ def stages_of(S):
 
 
 @gluon.constexpr_function
+def parts_of(S):
+    """Parts of the keys of a tile, which are added, freed and filled one by one where stages are few."""
+    return 2 if S.rows >= 64 else 1
+
+
+@gluon.constexpr_function
 def dot_layout(S):
     """Of scores [KEYS, heads] and sums [CHUNK, heads]."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, S.rows, 16])
@@ -49,7 +55,7 @@ class Buffers(NamedTuple):
     codes: Any  # int32 [stage, KEYS, RANK / 4]
     rope: Any  # int32 [stage, KEYS, ROPE * code_bytes / 4]
     scales: Any  # float32 [stage, KEYS], per-token-head modes
-    p: Any  # by consumer: [1, KEYS, heads] probabilities
+    p: Any  # [stage, KEYS, heads] probabilities; [consumer, KEYS, heads] if consumers have sums of their own
     maxima: Any  # float32 [heads] less S.p_shift, of consumers that share out columns
     alphas: Any  # by consumer: float32 [heads], what its tile scales older sums by, if it raised a maximum
     raised: Any  # by consumer: int32 [1], whether it did
@@ -61,7 +67,7 @@ class Barriers(NamedTuple):
     """Each is waited for with the parity of how often it was completed before."""
 
     ready: Any  # by stage
-    empty: Any  # by stage
+    empty: Any  # by stage and part
     published: Any  # by consumer: probabilities of a tile
     queries: Any  # 0: stored, 1: not needed any more
     finished: Any  # by both consumers: 0, all tiles of a segment, 1, sums for the other
@@ -92,10 +98,7 @@ def make_buffers(S: gl.constexpr):
         codes=gl.allocate_shared_memory(gl.int32, [STAGES, KEYS, RANK // 4], CODES),
         rope=gl.allocate_shared_memory(gl.int32, [STAGES, KEYS, ROPE_WORDS], ROPE_LAYOUT),
         scales=scales,
-        p=(
-            gl.allocate_shared_memory(gl.float16, [1, KEYS, HEADS], P),
-            gl.allocate_shared_memory(gl.float16, [1, KEYS, HEADS], P),
-        ),
+        p=gl.allocate_shared_memory(gl.float16, [STAGES if shares_columns(S) else 2, KEYS, HEADS], P),
         maxima=gl.allocate_shared_memory(gl.float32, [HEADS], VECTOR),
         alphas=gl.allocate_shared_memory(gl.float32, [2, HEADS], VECTOR),
         raised=gl.allocate_shared_memory(gl.int32, [2, 1], VECTOR),
@@ -111,13 +114,14 @@ def make_barriers(S: gl.constexpr):
     LAYOUT: gl.constexpr = mbarrier.MBarrierLayout()
     barriers = Barriers(
         ready=gl.allocate_shared_memory(gl.int64, [STAGES, 1], LAYOUT),
-        empty=gl.allocate_shared_memory(gl.int64, [STAGES, 1], LAYOUT),
+        empty=gl.allocate_shared_memory(gl.int64, [STAGES * parts_of(S), 1], LAYOUT),
         published=gl.allocate_shared_memory(gl.int64, [2, 1], LAYOUT),
         queries=gl.allocate_shared_memory(gl.int64, [2, 1], LAYOUT),
         finished=gl.allocate_shared_memory(gl.int64, [2, 1], LAYOUT),
     )
     for i in gl.static_range(STAGES):
         mbarrier.init(barriers.ready.index(i), count=128)  # every thread of the producer reports its copies
+    for i in gl.static_range(STAGES * parts_of(S)):
         mbarrier.init(barriers.empty.index(i), count=READERS)
     for i in gl.static_range(2):
         mbarrier.init(barriers.published.index(i), count=1)

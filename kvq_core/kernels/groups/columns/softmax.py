@@ -1,6 +1,5 @@
 """One step of the online softmax over a tile [KEYS, heads]. Maxima are held less S.p_shift: see `AttentionSpec`."""
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
@@ -24,10 +23,9 @@ def log2_scores(dots, left, bufs, stage, S: gl.constexpr):
     if S.records.v.per_token_head:
         scale = bufs.scales.index(stage).load(TOKENS)
         log2 = approximate_log2(gl.maximum(scale, MIN_SCALE), CAPS)  # of a NaN and a number, the number
-        scale = gl.maximum(scale, MIN_SCALE, propagate_nan=tl.PropagateNan.ALL)  # what dots were divided by
-    x, _ = warpgroup_mma_wait(0, deps=[dots[0], dots[1]])
+    x, _ = warpgroup_mma_wait(0, deps=dots)
     if S.records.v.per_token_head:
-        x = gl.fma(x * scale[:, None], factor[None, :], log2[:, None])
+        x = gl.fma(x, factor[None, :], log2[:, None])
     else:
         x = x * factor[None, :]
     # This also keeps the product apart from the subtraction of a maximum: of one multiply-add and a maximum of rounded
