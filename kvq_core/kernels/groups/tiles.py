@@ -58,11 +58,15 @@ def find_tile(page, table, first, S: gl.constexpr):
 
 
 @gluon.jit
-def word_ptrs(
-    table, tile, FIRST: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, L: gl.constexpr, SIDE: gl.constexpr
-):
-    """Pointers to the words of 32 bits [ROWS, COLUMNS] of a tile's latents or rope parts, from row ``FIRST`` on."""
-    row = FIRST + gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
+def rows_from(tile, first):
+    """The rest of a tile from a row on."""
+    return Tile(tile.record, tile.offset + first, tile.in_pool)
+
+
+@gluon.jit
+def word_ptrs(table, tile, ROWS: gl.constexpr, COLUMNS: gl.constexpr, L: gl.constexpr, SIDE: gl.constexpr):
+    """Pointers to the words of 32 bits [ROWS, COLUMNS] of the latents or rope parts of a tile's first rows."""
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
     column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, L))
     base = gl.multiple_of((tile.record + (SIDE.codes + tile.offset * SIDE.slot_stride)) // 4, 4)
     ptrs = table.pages_ptr.to(gl.pointer_type(gl.int32), bitcast=True) + base

@@ -49,7 +49,8 @@ V_VIEW = gl.constexpr(
 
 @gluon.constexpr_function
 def v_loaded(keys):
-    """Of pairs of codes of a chunk and 32 or 64 keys."""
+    """What `load_v` loads: pairs of codes of a chunk and of 32 or 64 keys."""
+    assert keys in (KEYS // 2, KEYS)
     reg_bases = [[0, 1], [0, 8], [0, 16], [0, 32]]
     return gl.DistributedLinearLayout(
         reg_bases=reg_bases if keys == KEYS else reg_bases[:3],

@@ -71,9 +71,9 @@ def _attend_tiles(bufs, barriers, start, end, tiles_done, W: gl.constexpr, S: gl
             acc = scale_chunks(acc, alpha, CHUNKS)
         p = gl.exp2(x - m[None, :])
         l = add_probabilities(l, p, bufs, stage, S)
-        bufs.p.index(W).store(p.to(gl.float16))
+        bufs.p.index(stage).store(p.to(gl.float16))
         fence_async_shared()
-        acc = add_values(acc, bufs.p.index(W + (turn >> 30)), bufs, barriers, stage, 0, S)
+        acc = add_values(acc, bufs, barriers, stage, 0, S)
     return acc, m, l
 
 
@@ -84,6 +84,7 @@ def _attend_tiles(bufs, barriers, start, end, tiles_done, W: gl.constexpr, S: gl
 @gluon.jit
 def _attend_columns(bufs, barriers, start, end, tiles_done, W: gl.constexpr, S: gl.constexpr):
     """Sums over all tiles of half of the columns, and of the probabilities of every second."""
+    FIRST: gl.constexpr = W * (CHUNKS // 2)
     HEADS: gl.constexpr = S.rows
     DOT: gl.constexpr = dot_layout(S)
     STAGES: gl.constexpr = stages_of(S)
@@ -103,14 +104,14 @@ def _attend_columns(bufs, barriers, start, end, tiles_done, W: gl.constexpr, S: 
             acc, l = _follow(acc, l, bufs, barriers, turn - 1, W, S)
         l, raised = _publish(x, l, bufs, barriers, turn, W, S)
         if W == 1 or i > 0:
-            acc = _add_half(acc, bufs, barriers, turn - 1, W, S)
+            acc = add_values(acc, bufs, barriers, (turn - 1) % STAGES, FIRST, S)
         if raised:
             acc = scale_chunks(acc, bufs.alphas.index(W).load(gl.SliceLayout(0, DOT)), CHUNKS // 2)
-        acc = _add_half(acc, bufs, barriers, turn, W, S)
+        acc = add_values(acc, bufs, barriers, stage, FIRST, S)
     if W == 0:
         last = tiles_done + 2 * pairs - 1
         acc, l = _follow(acc, l, bufs, barriers, last, W, S)
-        acc = _add_half(acc, bufs, barriers, last, W, S)
+        acc = add_values(acc, bufs, barriers, last % STAGES, FIRST, S)
     return acc, l
 
 
@@ -130,6 +131,7 @@ def _follow(acc, l, bufs, barriers, turn, W: gl.constexpr, S: gl.constexpr):
 def _publish(x, l, bufs, barriers, turn, W: gl.constexpr, S: gl.constexpr):
     """Publish the probabilities of one's own tile. Returns the new sums, and whether a maximum was raised."""
     STAGES: gl.constexpr = stages_of(S)
+    stage = turn % STAGES
     m = bufs.maxima.load(gl.SliceLayout(0, dot_layout(S)))
     raised = has_to_raise(x, m, S)
     if raised:
@@ -138,17 +140,10 @@ def _publish(x, l, bufs, barriers, turn, W: gl.constexpr, S: gl.constexpr):
         bufs.alphas.index(W).store(alpha)
         l = scale_probabilities(l, alpha)
     p = gl.exp2(x - m[None, :])
-    l = add_probabilities(l, p, bufs, turn % STAGES, S)
-    bufs.p.index(turn % STAGES).store(p.to(gl.float16))
+    l = add_probabilities(l, p, bufs, stage, S)
+    # The stage is filled, so both have added the tile before in it, and its probabilities can go.
+    bufs.p.index(stage).store(p.to(gl.float16))
     bufs.raised.index(W).store(gl.full([1], 0, gl.int32, FLAG) + raised.to(gl.int32))
     fence_async_shared()
     mbarrier.arrive(barriers.published.index(W), count=1)
     return l, raised
-
-
-@gluon.jit
-def _add_half(acc, bufs, barriers, turn, W: gl.constexpr, S: gl.constexpr):
-    """Add the values of a tile of which both consumers know the probabilities, half of the columns each."""
-    STAGES: gl.constexpr = stages_of(S)
-    stage = turn % STAGES
-    return add_values(acc, bufs.p.index(stage), bufs, barriers, stage, W * (CHUNKS // 2), S)

@@ -6,7 +6,15 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 
 from kvq_core.kernels.groups.columns.shared import RANK, ROPE, parts_of, shares_columns, stages_of
 from kvq_core.kernels.groups.line import KEYS, keys_of_segment, next_segment
-from kvq_core.kernels.groups.tiles import find_tile, load_page_id, prefetch_tile, scale_ptrs, table_of, word_ptrs
+from kvq_core.kernels.groups.tiles import (
+    find_tile,
+    load_page_id,
+    prefetch_tile,
+    rows_from,
+    scale_ptrs,
+    table_of,
+    word_ptrs,
+)
 
 LATENT_WORDS = gl.constexpr(gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0]))
 SCALES = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))
@@ -56,7 +64,7 @@ def _copy_latents(bufs, table, tile, stage, left, PART: gl.constexpr, S: gl.cons
     """
     LATENT: gl.constexpr = S.records.v
     SIZE: gl.constexpr = KEYS // parts_of(S)
-    ptrs = word_ptrs(table, tile, PART * SIZE, SIZE, RANK // 4, LATENT_WORDS, LATENT)
+    ptrs = word_ptrs(table, rows_from(tile, PART * SIZE), SIZE, RANK // 4, LATENT_WORDS, LATENT)
     exists = PART * SIZE + gl.arange(0, SIZE, layout=gl.SliceLayout(1, LATENT_WORDS)) < left
     words = bufs.codes.index(stage).slice(PART * SIZE, SIZE, 0)
     async_copy.async_copy_global_to_shared(words, ptrs, mask=exists[:, None])
@@ -79,7 +87,7 @@ def _copy_rope(bufs, table, tile, stage, S: gl.constexpr):
     NANS: gl.constexpr = 0x7F7F7F7F if SIDE.code_bytes == 1 else 0x7FC07FC0
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [128 // WORDS, WORDS // 4], [4, 1], [1, 0])
     words = bufs.rope.index(stage)
-    ptrs = word_ptrs(table, tile, 0, KEYS, WORDS, LAYOUT, SIDE)
+    ptrs = word_ptrs(table, tile, KEYS, WORDS, LAYOUT, SIDE)
     async_copy.async_copy_global_to_shared(words, ptrs, mask=tile.in_pool)
     if not tile.in_pool:
         async_copy.commit_group()

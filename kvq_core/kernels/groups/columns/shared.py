@@ -30,14 +30,14 @@ def shares_columns(S):
 
 @gluon.constexpr_function
 def stages_of(S):
-    """Tiles that fit into shared memory beside the queries."""
+    """Tiles that fit into shared memory beside the queries, each with room for its probabilities."""
     return 3 if S.rows >= 64 else 4
 
 
 @gluon.constexpr_function
 def parts_of(S):
     """Parts of the keys of a tile, which are added, freed and filled one by one where stages are few."""
-    return 2 if S.rows >= 64 else 1
+    return 2 if stages_of(S) < 4 else 1
 
 
 @gluon.constexpr_function
@@ -55,7 +55,7 @@ class Buffers(NamedTuple):
     codes: Any  # int32 [stage, KEYS, RANK / 4]
     rope: Any  # int32 [stage, KEYS, ROPE * code_bytes / 4]
     scales: Any  # float32 [stage, KEYS], per-token-head modes
-    p: Any  # [stage, KEYS, heads] probabilities; [consumer, KEYS, heads] if consumers have sums of their own
+    p: Any  # float16 [stage, KEYS, heads] probabilities
     maxima: Any  # float32 [heads] less S.p_shift, of consumers that share out columns
     alphas: Any  # by consumer: float32 [heads], what its tile scales older sums by, if it raised a maximum
     raised: Any  # by consumer: int32 [1], whether it did
@@ -66,8 +66,8 @@ class Buffers(NamedTuple):
 class Barriers(NamedTuple):
     """Each is waited for with the parity of how often it was completed before."""
 
-    ready: Any  # by stage
-    empty: Any  # by stage and part
+    ready: Any  # by stage: a tile is here, and there is room for its probabilities
+    empty: Any  # by stage and part: nobody needs its codes; the last part's, nor anything else of the tile
     published: Any  # by consumer: probabilities of a tile
     queries: Any  # 0: stored, 1: not needed any more
     finished: Any  # by both consumers: 0, all tiles of a segment, 1, sums for the other
@@ -98,7 +98,7 @@ def make_buffers(S: gl.constexpr):
         codes=gl.allocate_shared_memory(gl.int32, [STAGES, KEYS, RANK // 4], CODES),
         rope=gl.allocate_shared_memory(gl.int32, [STAGES, KEYS, ROPE_WORDS], ROPE_LAYOUT),
         scales=scales,
-        p=gl.allocate_shared_memory(gl.float16, [STAGES if shares_columns(S) else 2, KEYS, HEADS], P),
+        p=gl.allocate_shared_memory(gl.float16, [STAGES, KEYS, HEADS], P),
         maxima=gl.allocate_shared_memory(gl.float32, [HEADS], VECTOR),
         alphas=gl.allocate_shared_memory(gl.float32, [2, HEADS], VECTOR),
         raised=gl.allocate_shared_memory(gl.int32, [2, 1], VECTOR),

@@ -15,7 +15,10 @@ IN_EVERY_THREAD = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))
 
 @gluon.jit
 def log2_scores(dots, left, bufs, stage, S: gl.constexpr):
-    """Exponents of the probabilities, times their row scales, of a tile of which ``left`` keys exist."""
+    """Exponents of the probabilities, times their row scales, of a tile of which ``left`` keys exist.
+
+    ``dots``: of `scores`, with row scales.
+    """
     DOT: gl.constexpr = dot_layout(S)
     TOKENS: gl.constexpr = gl.SliceLayout(1, DOT)
     CAPS: gl.constexpr = S.records.caps

@@ -50,7 +50,7 @@ def _copy_tiles(bufs, barriers, table, start, end, pairs_done, S: gl.constexpr):
 def _copy_latents(bufs, barriers, table, tile, left, phase, W: gl.constexpr, S: gl.constexpr):
     """Start copying the latents of a tile. Those of no key are cleared: probabilities are 0, but 0 * NaN is NaN."""
     LATENT: gl.constexpr = S.records.v
-    ptrs = word_ptrs(table, tile, 0, KEYS, HALF // 2, HALF_WORDS, LATENT)
+    ptrs = word_ptrs(table, tile, KEYS, HALF // 2, HALF_WORDS, LATENT)
     exists = (gl.arange(0, KEYS, layout=gl.SliceLayout(1, HALF_WORDS)) < left)[:, None]
     for half in gl.static_range(2):
         words = bufs.latent[half]._reinterpret(gl.int32, [2, KEYS, HALF // 2], WORDS).index(W)
@@ -64,7 +64,7 @@ def _copy_rope(bufs, barriers, table, tile, W: gl.constexpr, S: gl.constexpr):
     """Start copying rope parts. Those of a page that does not exist are NaN."""
     SIDE: gl.constexpr = S.records.k
     words = bufs.rope._reinterpret(gl.int32, [2, KEYS, ROPE // 2], WORDS).index(W)
-    ptrs = word_ptrs(table, tile, 0, KEYS, ROPE // 2, ROPE_WORDS, SIDE)
+    ptrs = word_ptrs(table, tile, KEYS, ROPE // 2, ROPE_WORDS, SIDE)
     async_copy.async_copy_global_to_shared(words, ptrs, mask=tile.in_pool)
     if not tile.in_pool:
         async_copy.commit_group()
