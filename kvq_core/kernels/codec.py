@@ -197,11 +197,11 @@ def decode_bytes(codes, MODE: tl.constexpr, CAPS: tl.constexpr):
         if CAPS == "portable":
             values = codes.to(tl.int8, bitcast=True).to(tl.float16)
         else:
-            values = _convert_bytes(codes, INT8_WORD_PTX)
+            values = _convert_bytes(codes, _INT8_WORD_PTX)
     elif MODE == "fp8_e5m2":
         values = (codes.to(tl.uint16) << 8).to(tl.float16, bitcast=True)  # float16 with the mantissa cut to two bits
     elif CAPS == "ptx_fp8":
-        values = _convert_bytes(codes, E4M3_WORD_PTX)
+        values = _convert_bytes(codes, _E4M3_WORD_PTX)
     else:
         values = _e4m3_bytes_portable(codes)
     return values
@@ -211,11 +211,11 @@ def decode_bytes(codes, MODE: tl.constexpr, CAPS: tl.constexpr):
 def decode_pairs(pairs, MODE: tl.constexpr, CAPS: tl.constexpr):
     """int16, each two neighbouring codes of one row, to two float16 tensors: the lower bytes and the upper, exactly."""
     if MODE == "int8_per_token_head" and CAPS != "portable":
-        values = _convert_pairs(pairs, INT8_PAIRS_PTX)
+        values = _convert_pairs(pairs, _INT8_PAIRS_PTX)
     elif MODE == "fp8_e5m2" and CAPS != "portable":
-        values = _convert_pairs(pairs, E5M2_PAIRS_PTX)
+        values = _convert_pairs(pairs, _E5M2_PAIRS_PTX)
     elif MODE != "int8_per_token_head" and CAPS == "ptx_fp8":
-        values = _convert_pairs(pairs, E4M3_PAIRS_PTX)
+        values = _convert_pairs(pairs, _E4M3_PAIRS_PTX)
     else:
         values = (
             decode_bytes((pairs & 0xFF).to(tl.uint8), MODE, CAPS),
@@ -308,7 +308,7 @@ def decode_biased_pairs(pairs, MODE: tl.constexpr, CAPS: tl.constexpr, OPERAND: 
 
 
 # A register of four codes, $2, to two of two float16 each. (byte ^ 0x80) | 0x6400 is the float16 1152 + x.
-INT8_WORD_PTX = tl.constexpr(
+_INT8_WORD_PTX = tl.constexpr(
     """
         {
         .reg .b32 t, a, b, c;
@@ -321,7 +321,7 @@ INT8_WORD_PTX = tl.constexpr(
         }
         """
 )
-E4M3_WORD_PTX = tl.constexpr(
+_E4M3_WORD_PTX = tl.constexpr(
     """
         {
         .reg .b16 a, b;
@@ -332,7 +332,7 @@ E4M3_WORD_PTX = tl.constexpr(
         """
 )
 # As above, of the pairs of two rows at a time: a result register holds one byte of each row.
-INT8_PAIRS_PTX = tl.constexpr(
+_INT8_PAIRS_PTX = tl.constexpr(
     """
         {
         .reg .b32 t, a, b, c;
@@ -345,7 +345,7 @@ INT8_PAIRS_PTX = tl.constexpr(
         }
         """
 )
-E4M3_PAIRS_PTX = tl.constexpr(
+_E4M3_PAIRS_PTX = tl.constexpr(
     """
         {
         .reg .b32 t;
@@ -358,7 +358,7 @@ E4M3_PAIRS_PTX = tl.constexpr(
         """
 )
 # A byte in the upper half of a float16 is its value.
-E5M2_PAIRS_PTX = tl.constexpr(
+_E5M2_PAIRS_PTX = tl.constexpr(
     """
         prmt.b32 $0, $2, 0, 0x2404;
         prmt.b32 $1, $2, 0, 0x3414;

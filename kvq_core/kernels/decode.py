@@ -119,12 +119,8 @@ def merge_segments(
         tl.extra.cuda.gdc_wait()
     state = (m, l, acc)
     where = (partial_ptr, first_part, parts, seq, q_head // S.group, row, d)
-    if FEW_PARTS < PARTS:
-        if parts <= FEW_PARTS:
-            state = _merge_parts(state, 0, where, FEW_PARTS, S)
-        else:
-            for first in range(0, parts, PARTS):
-                state = _merge_parts(state, first, where, PARTS, S)
+    if FEW_PARTS < PARTS and parts <= FEW_PARTS:
+        state = _merge_parts(state, 0, where, FEW_PARTS, S)
     else:
         for first in range(0, parts, PARTS):
             state = _merge_parts(state, first, where, PARTS, S)

@@ -153,10 +153,10 @@ def load_queries(q_ptr, k_scale_ptr, scratch, token, q_head, q_pos, valid, strid
         whole = tl.load(rows[:, None] + columns[None, :], mask=valid[:, None] & exist[None, :], other=0.0)
         if S.normalize_q:
             rope_is_float16: tl.constexpr = S.k_operand == "float16"
-            largest = _largest_bits(whole)
+            largest = largest_bits(whole)
             if rope_is_float16:
-                largest = tl.maximum(largest, _largest_bits(rope))
-            power, inverse = _powers(largest)
+                largest = tl.maximum(largest, largest_bits(rope))
+            power, inverse = powers(largest)
             whole = whole * inverse[:, None]
             scale *= power
             if rope_is_float16:
@@ -190,13 +190,13 @@ def _through_memory(latent, scratch, valid, S: tl.constexpr):
 
 
 @triton.jit
-def _largest_bits(x):
+def largest_bits(x):
     """The bits of the largest magnitude of each row, in float32."""
     return tl.max(x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
 
 
 @triton.jit
-def _powers(largest_bits):
+def powers(largest_bits):
     """A power of two whose inverse brings the largest element to [2^14, 2^15), if it is finite, and that inverse."""
     exponent = tl.minimum(tl.maximum(largest_bits >> 23, 15), 253)
     power = ((exponent - 14) << 23).to(tl.float32, bitcast=True)

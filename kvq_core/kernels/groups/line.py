@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -34,7 +35,22 @@ class Line(NamedTuple):
 
 
 @gluon.jit
-def find_line(program, lengths, S: gl.constexpr):
+def find_part(num_q_tokens, num_seqs, max_pages, seq_lens_ptr, cu_seqlens_q_ptr, S: gl.constexpr):
+    """What a program is for: its block of heads, its number among the programs of that block, its part of the line.
+
+    `merge_segments`, which waits for its end, may be launched from here on.
+    """
+    pid = gl.program_id(0)
+    block = pid % S.row_blocks
+    program = (pid // S.row_blocks).to(gl.int64)
+    if S.overlap:
+        tl.extra.cuda.gdc_launch_dependents()
+    lengths = Lengths(seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, max_pages * S.records.page_size, num_q_tokens)
+    return block, program, _find_line(program, lengths, S)
+
+
+@gluon.jit
+def _find_line(program, lengths, S: gl.constexpr):
     """The part of a program: `part_start` and `find_sequence` of `kvq_core.kernels.segments`.
 
     Tiles of SEQS sequences are counted in 32 bits: plans see to it that tables have no room for more.

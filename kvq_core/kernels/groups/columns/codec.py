@@ -12,8 +12,8 @@ results have, too: the codes of a pair are taken for rows 8 apart, which a threa
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from kvq_core.kernels.codec import E4M3_PAIRS_PTX, E4M3_WORD_PTX, INT8_PAIRS_PTX, INT8_WORD_PTX
-from kvq_core.kernels.groups.columns.shared import CHUNK, KEYS, RANK, ROPE
+from kvq_core.kernels.codec import decode_bytes, decode_pairs
+from kvq_core.kernels.groups.columns.shared import CHUNK, KEYS, RANK, ROPE, dot_layout
 
 # Bits of an address in a row of codes, from the lowest: 4 in a piece of 16 bytes, 3 of the piece, exchanged by those of
 # the row, 2 more. The columns that they stand for in the dots: a pair, two registers, two steps of 16, a third, two of
@@ -61,6 +61,11 @@ def v_loaded(keys):
     )
 
 
+@gluon.constexpr_function
+def _left_operand(S):
+    return gl.DotOperandLayout(0, dot_layout(S), 2)
+
+
 @gluon.jit
 def in_order_of_codes(x, IS_ROPE: gl.constexpr):
     """Queries [rows, columns] with their columns in the order of `K_VIEW`, or `ROPE_VIEW`."""
@@ -93,14 +98,14 @@ def load_v(tile, CHUNK_INDEX: gl.constexpr, PART: gl.constexpr, SIZE: gl.constex
 
 
 @gluon.jit
-def load_rope(tile, MODE: gl.constexpr, DOT: gl.constexpr):
+def load_rope(tile, S: gl.constexpr):
     """Rope parts of a tile as a left operand [KEYS, ROPE]."""
-    LAYOUT: gl.constexpr = gl.DotOperandLayout(0, DOT, 2)
+    MODE: gl.constexpr = S.records.k.mode
     if MODE == "bfloat16":
         VIEW: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])  # shared.CODES, of elements
-        operand = tile._reinterpret(gl.bfloat16, [KEYS, ROPE], VIEW).load(LAYOUT)
+        operand = tile._reinterpret(gl.bfloat16, [KEYS, ROPE], VIEW).load(_left_operand(S))
     else:
-        operand = decode_k(tile._reinterpret(gl.int8, [KEYS, ROPE], ROPE_VIEW).load(K_LOADED), MODE, DOT)
+        operand = decode_k(tile._reinterpret(gl.int8, [KEYS, ROPE], ROPE_VIEW).load(K_LOADED), MODE, S)
     return operand
 
 
@@ -111,19 +116,18 @@ def split_columns(x):
 
 
 @gluon.jit
-def decode_k(codes, MODE: gl.constexpr, DOT: gl.constexpr):
+def decode_k(codes, MODE: gl.constexpr, S: gl.constexpr):
     """Codes of keys as a left operand of scores."""
-    PTX: gl.constexpr = INT8_WORD_PTX if MODE == "int8_per_token_head" else E4M3_WORD_PTX
-    operand = gl.inline_asm_elementwise(PTX, "=r,=r,r", [codes], dtype=gl.float16, is_pure=True, pack=4)
-    return gl.convert_layout(operand, gl.DotOperandLayout(0, DOT, 2), assert_trivial=True)
+    CAPS: gl.constexpr = S.records.caps
+    return gl.convert_layout(decode_bytes(codes, MODE, CAPS), _left_operand(S), assert_trivial=True)
 
 
 @gluon.jit
-def decode_v(pairs, MODE: gl.constexpr, DOT: gl.constexpr):
+def decode_v(pairs, S: gl.constexpr):
     """Pairs of codes of values [n / 2, keys] as a left operand of sums [n, keys]."""
-    PTX: gl.constexpr = INT8_PAIRS_PTX if MODE == "int8_per_token_head" else E4M3_PAIRS_PTX
-    DTYPES: gl.constexpr = (gl.float16, gl.float16)
-    even, odd = gl.inline_asm_elementwise(PTX, "=&r,=r,r", [pairs], dtype=DTYPES, is_pure=True, pack=2)
+    MODE: gl.constexpr = S.records.v.mode
+    CAPS: gl.constexpr = S.records.caps
+    even, odd = decode_pairs(pairs, MODE, CAPS)
     both = gl.permute(gl.reshape(gl.join(even, odd), [4, 8, pairs.shape[1], 2]), (0, 3, 1, 2))
     operand = gl.reshape(both, [2 * pairs.shape[0], pairs.shape[1]])
-    return gl.convert_layout(operand, gl.DotOperandLayout(0, DOT, 2), assert_trivial=True)
+    return gl.convert_layout(operand, _left_operand(S), assert_trivial=True)

@@ -42,10 +42,10 @@ def scores(bufs, stage, always_0, S: gl.constexpr):
         q = bufs.q.index(always_0).slice(i * CHUNK, CHUNK, 1).permute((1, 0))
         if _splits_keys(S):
             lower, upper = split_columns(codes)
-            s, before = _start(s, decode_k(lower, MODE, DOT), q.slice(0, CHUNK // 2, 0), before)
-            s, before = _start(s, decode_k(upper, MODE, DOT), q.slice(CHUNK // 2, CHUNK // 2, 0), before)
+            s, before = _start(s, decode_k(lower, MODE, S), q.slice(0, CHUNK // 2, 0), before)
+            s, before = _start(s, decode_k(upper, MODE, S), q.slice(CHUNK // 2, CHUNK // 2, 0), before)
         else:
-            s, before = _start(s, decode_k(codes, MODE, DOT), q, before)
+            s, before = _start(s, decode_k(codes, MODE, S), q, before)
         if i + 1 < CHUNKS:
             codes = ahead
     if S.records.v.per_token_head:
@@ -57,8 +57,7 @@ def scores(bufs, stage, always_0, S: gl.constexpr):
 
 @gluon.jit
 def _start_rope_scores(s, before, bufs, stage, always_0, S: gl.constexpr):
-    MODE: gl.constexpr = S.records.k.mode
-    k = load_rope(bufs.rope.index(stage), MODE, dot_layout(S))
+    k = load_rope(bufs.rope.index(stage), S)
     return _start(s, k, bufs.q_rope.index(always_0).permute((1, 0)), before)
 
 
@@ -69,8 +68,6 @@ def add_values(acc, bufs, barriers, stage, FIRST: gl.constexpr, S: gl.constexpr)
     Lets go of each part of the tile once its codes are in registers; of the last, and with it of probabilities, row
     scales and rope parts, once all is added: dots read probabilities where they lie.
     """
-    DOT: gl.constexpr = dot_layout(S)
-    MODE: gl.constexpr = S.records.v.mode
     COUNT: gl.constexpr = len(acc)
     PARTS: gl.constexpr = parts_of(S)
     SIZE: gl.constexpr = KEYS // PARTS
@@ -87,7 +84,7 @@ def add_values(acc, bufs, barriers, stage, FIRST: gl.constexpr, S: gl.constexpr)
                 ahead = load_v(tile, FIRST, part + 1, SIZE)
             if i + 2 == COUNT and part + 1 < PARTS:
                 mbarrier.arrive(barriers.empty.index(stage * PARTS + part), count=1)
-            total, before = _start(acc[i], decode_v(codes, MODE, DOT), p, before)
+            total, before = _start(acc[i], decode_v(codes, S), p, before)
             totals = totals + (total,)
             if i + 1 < COUNT or part + 1 < PARTS:
                 codes = ahead

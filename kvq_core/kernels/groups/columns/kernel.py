@@ -10,14 +10,13 @@ do not fit: consumers share out the columns, and each adds the values of all til
 other has published.
 """
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from kvq_core.kernels.groups.columns.consumer import consume
 from kvq_core.kernels.groups.columns.producer import produce
-from kvq_core.kernels.groups.columns.shared import RANK, ROPE, make_barriers, make_buffers, shares_columns
-from kvq_core.kernels.groups.line import KEYS, LAZY, Lengths, find_line
+from kvq_core.kernels.groups.columns.shared import RANK, ROPE, make_barriers, make_buffers
+from kvq_core.kernels.groups.line import KEYS, LAZY, find_part
 from kvq_core.kernels.groups.tiles import Pool
 
 REGISTERS = gl.constexpr(232)  # of a consumer's thread, of the 512 that three groups share
@@ -42,17 +41,11 @@ def attend_mla_columns(
 ):
     """One part of the keys of all sequences, for S.rows heads of their query. Launch with four warps: eight join."""
     gl.static_assert(S.queries == 1 and S.rows <= 64)
-    gl.static_assert(S.tile == (2 * KEYS if shares_columns(S) else KEYS))
+    gl.static_assert(S.tile == 2 * KEYS or (S.tile == KEYS and S.rows <= 16))
     gl.static_assert(S.records.v.head_dim == RANK and S.records.k.head_dim == ROPE)
     gl.static_assert(S.records.page_size % KEYS == 0)
     gl.static_assert(S.records.v.code_bytes == 1 and S.v_operand == "float16" and S.p_shift + LAZY < 16)
-    pid = gl.program_id(0)
-    block = pid % S.row_blocks
-    program = (pid // S.row_blocks).to(gl.int64)
-    if S.overlap:
-        tl.extra.cuda.gdc_launch_dependents()
-    lengths = Lengths(seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, max_pages * S.records.page_size, num_q_tokens)
-    line = find_line(program, lengths, S)
+    block, program, line = find_part(num_q_tokens, num_seqs, max_pages, seq_lens_ptr, cu_seqlens_q_ptr, S)
     bufs = make_buffers(S)
     barriers = make_barriers(S)
     queries = (q_ptr, q_stride_token, q_stride_head)

@@ -8,6 +8,7 @@ from kvq_core.kernels.attend import LOG2E
 from kvq_core.kernels.groups.columns.codec import in_order_of_codes
 from kvq_core.kernels.groups.columns.shared import RANK, ROPE
 from kvq_core.kernels.groups.line import load_queries
+from kvq_core.kernels.mla import largest_bits, powers
 
 HEADS = gl.constexpr(16)  # moved at once
 LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0]))
@@ -52,20 +53,12 @@ def _store_heads(bufs, line, queries, block, k_scale_ptr, FIRST: gl.constexpr, S
 
 @gluon.jit
 def _powers(latent, rope, S: gl.constexpr):
-    """As `kvq_core.kernels.mla._powers`: a power of two, and its inverse, which both parts of q are multiplied by.
+    """`kvq_core.kernels.mla.powers` of both parts of q.
 
     In bfloat16 the rope part stays below 2^75, so that its dots are finite, and where it is 2^60 times the latent and
     more, the latent is what rounds away.
     """
-    of_rope = gl.convert_layout(_largest_bits(rope), gl.SliceLayout(1, LAYOUT))
+    of_rope = gl.convert_layout(largest_bits(rope), gl.SliceLayout(1, LAYOUT))
     if S.k_operand != "float16":
         of_rope = gl.minimum(of_rope, 0x7F000000) - MAX_RATIO
-    exponent = gl.minimum(gl.maximum(gl.maximum(_largest_bits(latent), of_rope) >> 23, 15), 253)
-    power = ((exponent - 14) << 23).to(gl.float32, bitcast=True)
-    return power, ((268 - exponent) << 23).to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def _largest_bits(x):
-    """The bits of the largest magnitude of each row, in float32."""
-    return gl.max(x.to(gl.float32).to(gl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+    return powers(gl.maximum(largest_bits(latent), of_rope))

@@ -23,9 +23,9 @@ ROPE_CODES = gl.constexpr(gl.SwizzledSharedLayout(4, 1, 1, [1, 0]))
 def shares_columns(S):
     """Whether consumers share out the columns of the output, as the sums of all do not fit into registers of one.
 
-    Else each has sums of its own, over every second tile.
+    Else each has sums of its own, over every second tile. The plan says which, by the keys of a step.
     """
-    return S.rows >= 32
+    return S.tile == 2 * KEYS
 
 
 @gluon.constexpr_function

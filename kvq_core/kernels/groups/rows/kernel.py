@@ -10,11 +10,10 @@ the tiles of one consumer. Its halves, the columns below 256 and those above, ar
 is the "seesaw" schedule of FlashMLA.
 """
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from kvq_core.kernels.groups.line import KEYS, Lengths, find_line
+from kvq_core.kernels.groups.line import KEYS, find_part
 from kvq_core.kernels.groups.rows.consumer import consume
 from kvq_core.kernels.groups.rows.producer import produce
 from kvq_core.kernels.groups.rows.shared import HALF, ROPE, ROWS, make_barriers, make_buffers
@@ -45,13 +44,7 @@ def attend_mla_rows(
     gl.static_assert(S.records.v.head_dim == 2 * HALF and S.records.k.head_dim == ROPE)
     gl.static_assert(S.records.page_size % KEYS == 0)
     gl.static_assert(S.records.v.mode == "bfloat16" and S.v_operand == "bfloat16")
-    pid = gl.program_id(0)
-    block = pid % S.row_blocks
-    program = (pid // S.row_blocks).to(gl.int64)
-    if S.overlap:
-        tl.extra.cuda.gdc_launch_dependents()
-    lengths = Lengths(seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, max_pages * S.records.page_size, num_q_tokens)
-    line = find_line(program, lengths, S)
+    block, program, line = find_part(num_q_tokens, num_seqs, max_pages, seq_lens_ptr, cu_seqlens_q_ptr, S)
     bufs = make_buffers()
     barriers = make_barriers()
     queries = (q_ptr, q_stride_token, q_stride_head)
